@@ -1,0 +1,125 @@
+"""Checks of arguments at the public boundary.
+
+Each raises ValueError that names the argument, says what came and what is wanted. They look at
+shapes, dtypes and Python numbers only, so they cost no synchronisation and trace under
+torch.compile; values inside tensors are checked by the operations themselves, on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def describe(x: object) -> str:
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)} on {x.device}"
+    return f"{type(x).__name__} {x!r}"
+
+
+def wrong(name: str, got: object, want: str) -> ValueError:
+    return ValueError(f"{name}: got {describe(got)}, want {want}")
+
+
+def tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...], kind: str) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise wrong(name, x, f"a {kind} tensor")
+    if x.dtype not in dtypes:
+        raise wrong(name, x, f"a {kind} tensor")
+    return x
+
+
+def floats(name: str, x: object) -> Tensor:
+    return tensor(name, x, FLOATS, "floating-point")
+
+
+def ints(name: str, x: object) -> Tensor:
+    return tensor(name, x, INTS, "integer")
+
+
+def bools(name: str, x: object) -> Tensor:
+    return tensor(name, x, (torch.bool,), "bool")
+
+
+def shape(name: str, x: Tensor, want: tuple[int, ...], meaning: str) -> Tensor:
+    """No broadcasting anywhere: (S, T) against (S, 1) is more often a bug than a wish."""
+    if tuple(x.shape) != tuple(want):
+        raise wrong(name, x, f"shape {tuple(want)}, {meaning}")
+    return x
+
+
+def dims(name: str, x: Tensor, count: int, meaning: str) -> Tensor:
+    if x.dim() != count:
+        raise wrong(name, x, f"{count} dimension(s), {meaning}")
+    return x
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    """The first one given is the one the others have to join."""
+    named = [(name, x) for name, x in tensors.items() if x is not None]
+    for name, x in named[1:]:
+        if x.device != named[0][1].device:
+            raise wrong(name, x, f"the device of {named[0][0]}, {named[0][1].device}")
+
+
+def number(
+    name: str,
+    x: object,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    below: float = math.inf,
+    at_most: float = math.inf,
+) -> float:
+    """A finite Python number within bounds; `above` and `below` are exclusive."""
+    bounds = [
+        f"{word} {limit:g}"
+        for word, limit in (
+            (">", above),
+            (">=", at_least),
+            ("<", below),
+            ("<=", at_most),
+        )
+        if math.isfinite(limit)
+    ]
+    want = " and ".join(["a finite number", *bounds])
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise wrong(name, x, want)
+    if not math.isfinite(x) or x <= above or x < at_least or x >= below or x > at_most:
+        raise wrong(name, x, want)
+    return x
+
+
+def whole(name: str, x: object, *, at_least: int) -> int:
+    if isinstance(x, bool) or not isinstance(x, int) or x < at_least:
+        raise wrong(name, x, f"an integer >= {at_least}")
+    return x
+
+
+def one_of(name: str, x: object, options: tuple[str, ...]) -> str:
+    if not isinstance(x, str) or x not in options:
+        raise wrong(name, x, f"one of {', '.join(map(repr, options))}")
+    return x
+
+
+def not_sharded(name: str, x: Tensor) -> Tensor:
+    """A DTensor head would be gathered piece by piece, or crash deep inside a kernel."""
+    if hasattr(x, "placements") and hasattr(x, "device_mesh"):
+        raise ValueError(
+            f"{name}: got a DTensor, sharded over {x.device_mesh}, want a plain tensor. Call the "
+            f"operation inside the head module's forward(), where FSDP has gathered the weight, or "
+            f"pass {name}.full_tensor()"
+        )
+    return x
+
+
+def denominator(x: object) -> float | Tensor:
+    """The global number of tokens: a number, or a 0-d tensor so that no rank has to wait for it."""
+    if isinstance(x, Tensor):
+        return dims("denom", x, 0, "the global number of tokens")
+    return number("denom", x, above=0)
