@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -17,18 +18,19 @@ from gikernels import tiles
 from gikernels.logprobs import Transform, row_view
 from gikernels.reference import stat_dtype
 
-# The kernels keep to "raw" logits x: the given ones, or tanh(inner * x) where there is a softcap, so
-# that final logits are factor * x with factor > 0. Then u = factor * (x - peak) is exact before it
-# is scaled, and the maximum costs no multiplication. Inside the sums u counts in units of log 2:
-# an H200 reads 8 bf16 logits a clock on each of its processors, which issue 128 instructions, so 16
-# instructions a logit would be the end of it. These are 10; natural exponentials made them 15.
+# The kernels keep to "raw" logits x: the given ones, or tanh(inner * x) where there is a softcap.
+# Final logits are factor * x with factor > 0, so that sums of exp(factor * u) u, where u = x - peak
+# is exact, wait for the factor until they are complete, and the maximum does not need it at all.
+# With exp(factor * u) as 2^(rate * u) that is 10 instructions a logit. Natural exponentials of
+# final logits took 15; at 16 an H200, which reads 8 bf16 logits a clock on each of its processors
+# and issues 128 instructions, would no longer wait for memory.
 
 # A tile is LANES x VEC logits, where VEC of them are one 16-byte load of one thread. Each lane has
 # sums of its own: threads wait for each other once a row, not once a tile.
 LANES = 512
 BACKWARD_BLOCK = 4096
 
-LOG2_E, LOG_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -50,26 +52,27 @@ def _raw(x, inner, SOFTCAP: tl.constexpr, NEGATIVE: tl.constexpr):
 
 
 @triton.jit
-def _distance(x, peak, factor):
-    """factor * (x - peak) <= 0. Finite for -inf, also where the peak is -inf; NaN for NaN."""
+def _below(x, peak):
+    """x - peak <= 0. Finite for -inf, also where the peak is -inf; NaN for NaN."""
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    return tl.maximum((x - peak) * factor, -1e30, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(x - peak, -1e30, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _absorb(sums, x, ref_x, factor, HAS_REF: tl.constexpr, PTX: tl.constexpr):
+def _absorb(sums, x, ref_x, rate, HAS_REF: tl.constexpr, PTX: tl.constexpr):
     """A tile of raw logits (LANES, VEC) into the running sums (LANES)."""
     peak, total, weighted, ref_peak, ref_total, cross = sums
     new_peak = tl.maximum(peak, tl.max(x, 1))
-    d = _distance(peak, new_peak, factor)  # of the old sums, which are 0 where the peak was -inf
-    u = _distance(x, new_peak[:, None], factor)
-    scale, e = _exp2(d, PTX), _exp2(u, PTX)
+    d = _below(peak, new_peak)  # of the old sums, which are 0 where the peak was -inf
+    u = _below(x, new_peak[:, None])
+    scale, e = _exp2(rate * d, PTX), _exp2(rate * u, PTX)
     if HAS_REF:
         new_ref_peak = tl.maximum(ref_peak, tl.max(ref_x, 1))
-        ref_d = _distance(ref_peak, new_ref_peak, factor)
-        ref_u = _distance(ref_x, new_ref_peak[:, None], factor)
+        ref_d = _below(ref_peak, new_ref_peak)
+        ref_u = _below(ref_x, new_ref_peak[:, None])
         cross = scale * (cross + total * (d - ref_d)) + tl.sum(e * (u - ref_u), 1)
-        ref_total = _exp2(ref_d, PTX) * ref_total + tl.sum(_exp2(ref_u, PTX), 1)
+        ref_e = _exp2(rate * ref_u, PTX)
+        ref_total = _exp2(rate * ref_d, PTX) * ref_total + tl.sum(ref_e, 1)
         ref_peak = new_ref_peak
     weighted = scale * (weighted + total * d) + tl.sum(e * u, 1)
     total = scale * total + tl.sum(e, 1)
@@ -77,17 +80,17 @@ def _absorb(sums, x, ref_x, factor, HAS_REF: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _across_lanes(sums, factor, HAS_REF: tl.constexpr):
+def _across_lanes(sums, rate, HAS_REF: tl.constexpr):
     """The sums (LANES) as those of the whole, scalars."""
     peak, total, weighted, ref_peak, ref_total, cross = sums
     top = tl.max(peak, 0)
-    d = _distance(peak, top, factor)
-    scale = tl.exp2(d)
+    d = _below(peak, top)
+    scale = tl.exp2(rate * d)
     ref_top, ref_sum, cross_sum = top, top, top  # where there is no reference nobody reads them
     if HAS_REF:
         ref_top = tl.max(ref_peak, 0)
-        ref_d = _distance(ref_peak, ref_top, factor)
-        ref_sum = tl.sum(tl.exp2(ref_d) * ref_total, 0)
+        ref_d = _below(ref_peak, ref_top)
+        ref_sum = tl.sum(tl.exp2(rate * ref_d) * ref_total, 0)
         cross_sum = tl.sum(scale * (cross + total * (d - ref_d)), 0)
     weighted = tl.sum(scale * (weighted + total * d), 0)
     return top, tl.sum(scale * total, 0), weighted, ref_top, ref_sum, cross_sum
@@ -110,14 +113,14 @@ def _store_row(
     x = tl.load(logits + target * stride_v, mask=inside, other=float("nan")).to(peak.dtype)
     log_total = tl.log(total)
     u = (_raw(x, inner, SOFTCAP, NEGATIVE) - peak) * factor
-    tl.store(logprobs + row, u * LOG_2 - log_total)
-    tl.store(entropy + row, log_total - weighted / total * LOG_2)
+    tl.store(logprobs + row, u - log_total)
+    tl.store(entropy + row, log_total - factor * (weighted / total))
     if HAS_REF:
-        log_ref_total = tl.log(ref_total)
-        tl.store(kl + row, cross / total * LOG_2 - log_total + log_ref_total)
+        mean = factor * (cross / total)
+        tl.store(kl + row, mean - log_total + tl.log(ref_total))
         norms += row * 4
         tl.store(norms + 2, ref_peak)
-        tl.store(norms + 3, log_ref_total)
+        tl.store(norms + 3, mean)
     else:
         norms += row * 2
     tl.store(norms, peak)
@@ -163,7 +166,7 @@ def _forward_kernel(
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     target = tl.load(targets + row)
-    inner, factor = tl.full((), inner, stat), tl.full((), factor, stat) * LOG2_E
+    inner, factor = tl.full((), inner, stat), tl.full((), factor, stat)
     if target != ignore_index:
         if HAS_TEMPERATURES:
             factor = factor / tl.load(temperatures + row).to(stat)
@@ -183,7 +186,7 @@ def _forward_kernel(
             if HAS_REF:
                 ref_x = tl.load(ref_logits + columns * ref_stride_v).to(stat)
                 ref_x = _raw(ref_x, inner, SOFTCAP, NEGATIVE)
-            sums = _absorb(sums, x, ref_x, factor, HAS_REF, PTX)
+            sums = _absorb(sums, x, ref_x, factor * LOG2_E, HAS_REF, PTX)
         if whole < last:
             columns = (whole + tile).to(tl.int64)
             inside = columns < last
@@ -193,8 +196,8 @@ def _forward_kernel(
             if HAS_REF:
                 ref_x = tl.load(ref_logits + columns * ref_stride_v, mask=inside, other=0).to(stat)
                 ref_x = tl.where(inside, _raw(ref_x, inner, SOFTCAP, NEGATIVE), float("-inf"))
-            sums = _absorb(sums, x, ref_x, factor, HAS_REF, PTX)
-        sums = _across_lanes(sums, factor, HAS_REF)
+            sums = _absorb(sums, x, ref_x, factor * LOG2_E, HAS_REF, PTX)
+        sums = _across_lanes(sums, factor * LOG2_E, HAS_REF)
         if SHARED:
             mine = partial + (row * splits + split) * 8
             for i in tl.static_range(6):
@@ -235,7 +238,7 @@ def _merge_kernel(
     stat = norms.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
-    inner, factor = tl.full((), inner, stat), tl.full((), factor, stat) * LOG2_E
+    inner, factor = tl.full((), inner, stat), tl.full((), factor, stat)
     if target != ignore_index:
         if HAS_TEMPERATURES:
             factor = factor / tl.load(temperatures + row).to(stat)
@@ -250,9 +253,10 @@ def _merge_kernel(
         ref_total = tl.load(mine + 4, mask=there, other=0)
         cross = tl.load(mine + 5, mask=there, other=0)
         sums = (peak, total, weighted, ref_peak, ref_total, cross)
+        sums = _across_lanes(sums, factor * LOG2_E, HAS_REF)
         _store_row(
-            row, _across_lanes(sums, factor, HAS_REF), target, logits, stride_v, vocab, inner,
-            factor, logprobs, entropy, kl, norms, HAS_REF, SOFTCAP, NEGATIVE,
+            row, sums, target, logits, stride_v, vocab, inner, factor,
+            logprobs, entropy, kl, norms, HAS_REF, SOFTCAP, NEGATIVE,
         )  # fmt: skip
 
 
@@ -266,7 +270,6 @@ def _backward_kernel(
     targets,  # (N)
     temperatures,  # (N)
     entropy,  # (N)
-    kl,  # (N)
     norms,  # (N, 2) or (N, 4)
     vocab,
     width,
@@ -307,14 +310,15 @@ def _backward_kernel(
         logits += _row_start(row, width, stride_a, stride_b)
         x = tl.load(logits + columns * stride_v, mask=inside, other=0).to(stat)
         x = _raw(x, inner, SOFTCAP, NEGATIVE)
-        log_p = (x - tl.load(norms)) * factor - tl.load(norms + 1)
+        u = (x - tl.load(norms)) * factor
+        log_p = u - tl.load(norms + 1)
         dz = tiles.dlogits(log_p, columns == target, g, h, tl.load(entropy + row))
         if HAS_REF:
             ref_logits += _row_start(row, ref_width, ref_stride_a, ref_stride_b)
             ref_x = tl.load(ref_logits + columns * ref_stride_v, mask=inside, other=0).to(stat)
-            ref_x = _raw(ref_x, inner, SOFTCAP, NEGATIVE)
-            log_q = (ref_x - tl.load(norms + 2)) * factor - tl.load(norms + 3)
-            dz += tiles.dlogits_kl(log_p, log_q, k, tl.load(kl + row))
+            ref_u = (_raw(ref_x, inner, SOFTCAP, NEGATIVE) - tl.load(norms + 2)) * factor
+            p = tl.exp(log_p)
+            dz += tl.where(p > 0, k * p * (u - ref_u - tl.load(norms + 3)), 0.0)
         if SOFTCAP:
             dz *= (1 - x * x) * inner
         dz *= -factor if NEGATIVE else factor
@@ -341,23 +345,42 @@ def _splits(rows: int, vocab: int, tile: int, device: torch.device) -> tuple[int
     return triton.cdiv(vocab, span), span
 
 
-def _launch_arguments(logits: Tensor, ref_logits: Tensor | None, how: Transform):
-    """What all kernels take: where rows lie, from given to final logits, the reference, options."""
-    x, ref_x = row_view(logits), row_view(logits if ref_logits is None else ref_logits)
-    temperature = 1.0 if isinstance(how.temperature, Tensor) else how.temperature
-    if how.softcap is None:
-        inner, factor = 1.0, abs(how.logit_scale) / temperature
+def _arguments(
+    logits: Tensor, targets: Tensor, has_ref: bool, how: Transform, ignore_index: int
+) -> dict[str, Any]:
+    """What all kernels take: where the rows lie, and how their logits become final ones."""
+    x = row_view(logits)
+    temperature, temperatures = 1.0, x  # any pointer will do where none is read
+    if isinstance(how.temperature, Tensor):
+        temperatures = how.temperature.contiguous()
     else:
-        inner, factor = abs(how.logit_scale) / how.softcap, how.softcap / temperature
-    rows = (logits.shape[-1], x.shape[1], *x.stride(), inner, factor)
-    reference = (ref_x, ref_x.shape[1], *ref_x.stride())
-    options = {
-        "HAS_REF": ref_logits is not None,
+        temperature = how.temperature
+    scale = abs(how.logit_scale)
+    if how.softcap is None:
+        inner, factor = 1.0, scale / temperature
+    else:
+        inner, factor = scale / how.softcap, how.softcap / temperature
+    return {
+        "logits": x,
+        "targets": targets.contiguous(),
+        "temperatures": temperatures,
+        "vocab": x.shape[2],
+        "width": x.shape[1],
+        **dict(zip(("stride_a", "stride_b", "stride_v"), x.stride())),
+        "inner": inner,
+        "factor": factor,
+        "ignore_index": ignore_index,
+        "HAS_REF": has_ref,
         "HAS_TEMPERATURES": isinstance(how.temperature, Tensor),
         "SOFTCAP": how.softcap is not None,
         "NEGATIVE": how.logit_scale < 0,
     }
-    return x, rows, reference, options
+
+
+def _ref_arguments(ref_logits: Tensor) -> dict[str, Any]:
+    x = row_view(ref_logits)
+    strides = zip(("ref_stride_a", "ref_stride_b", "ref_stride_v"), x.stride())
+    return {"ref_logits": x, "ref_width": x.shape[1], **dict(strides)}
 
 
 def forward(
@@ -372,19 +395,19 @@ def forward(
         return logprobs, entropy, kl, norms
     vec = 16 // logits.element_size()
     splits, span = _splits(n, logits.shape[-1], LANES * vec, logits.device)
-    partial = norms.new_empty(n, splits, 8) if splits > 1 else norms
-    x, rows, reference, options = _launch_arguments(logits, ref_logits, how)
-    temperatures = how.temperature if isinstance(how.temperature, Tensor) else norms
-    tensors = (x, targets, temperatures, logprobs, entropy, kl, norms, partial)
+    arguments = _arguments(logits, targets, has_ref, how, ignore_index) | {
+        "logprobs": logprobs,
+        "entropy": entropy,
+        "kl": kl,
+        "norms": norms,
+        "partial": norms.new_empty(n, splits, 8) if splits > 1 else norms,
+        "splits": splits,
+    }
     with _device(logits):
         _forward_kernel[(n * splits,)](
-            *tensors,
-            *rows,
-            ignore_index,
-            splits,
-            span,
-            *reference,
-            **options,
+            **arguments,
+            **_ref_arguments(logits if ref_logits is None else ref_logits),
+            span=span,
             SHARED=splits > 1,
             PTX=logits.is_cuda and torch.version.hip is None and dtype == torch.float32,
             LANES=LANES,
@@ -392,45 +415,30 @@ def forward(
             num_warps=4,
         )
         if splits > 1:
-            _merge_kernel[(n,)](
-                *tensors,
-                *rows,
-                ignore_index,
-                splits,
-                **options,
-                SPLITS=triton.next_power_of_2(splits),
-                num_warps=1,
-            )
+            _merge_kernel[(n,)](**arguments, SPLITS=triton.next_power_of_2(splits), num_warps=1)
     return logprobs, entropy, kl, norms
 
 
 def backward(
-    grads: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, Tensor, Tensor],  # of logprobs, entropy, kl
     logits: Tensor,
     targets: Tensor,
     ref_logits: Tensor | None,
-    saved: tuple[Tensor, Tensor, Tensor],
+    saved: tuple[Tensor, Tensor],  # entropy, norms
     how: Transform,
     ignore_index: int,
 ) -> Tensor:
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if dlogits.numel() == 0:
         return dlogits
-    x, rows, reference, options = _launch_arguments(logits, ref_logits, how)
-    temperatures = how.temperature if isinstance(how.temperature, Tensor) else saved[2]
-    blocks = triton.cdiv(logits.shape[-1], BACKWARD_BLOCK)
     with _device(logits):
-        _backward_kernel[(len(targets), blocks)](
+        _backward_kernel[(len(targets), triton.cdiv(logits.shape[-1], BACKWARD_BLOCK))](
             dlogits,
-            *grads,
-            x,
-            targets,
-            temperatures,
-            *saved,
-            *rows,
-            ignore_index,
-            *reference,
-            **options,
+            *(grad.contiguous() for grad in grads),
+            entropy=saved[0],
+            norms=saved[1],
+            **_arguments(logits, targets, ref_logits is not None, how, ignore_index),
+            **_ref_arguments(logits if ref_logits is None else ref_logits),
             BLOCK=BACKWARD_BLOCK,
             num_warps=4,
         )

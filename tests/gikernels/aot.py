@@ -61,7 +61,9 @@ def missing(cases: list[dict]) -> list[str]:
     }
     called = {name for f in found.values() for name in f.fn.__code__.co_names if name != f.__name__}
     covered = {f"{case['fn'].fn.__module__}.{case['fn'].fn.__qualname__}" for case in cases}
-    return sorted(key for key, f in found.items() if key not in covered and f.__name__ not in called)
+    return sorted(
+        key for key, f in found.items() if key not in covered and f.__name__ not in called
+    )
 
 
 def compile_one(job: tuple[int, str]) -> dict:
@@ -88,19 +90,15 @@ def compile_one(job: tuple[int, str]) -> dict:
         return record | {"error": f"{type(error).__name__}: {error}"[-2000:]}
     code = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
 
-    def logged(pattern: str) -> int | None:  # ptxas -v; the AMD assembler tells the same in comments
-        found = re.search(pattern, log.getvalue() + code)
+    def logged(ptxas: str, amd: str) -> int | None:
+        found = re.search(ptxas if target.backend == "cuda" else amd, log.getvalue() + code)
         return int(found[1]) if found else None
 
     return record | {
         "seconds": time.perf_counter() - start,
         "shared": kernel.metadata.shared,
-        "registers": logged(r"Used (\d+) registers|\.vgpr_count:\s*(\d+)")
-        if target.backend == "cuda"
-        else logged(r"\.vgpr_count:\s*(\d+)"),
-        "spills": logged(r"(\d+) bytes spill stores")
-        if target.backend == "cuda"
-        else logged(r"\.vgpr_spill_count:\s*(\d+)"),
+        "registers": logged(r"Used (\d+) registers", r"\.vgpr_count:\s*(\d+)"),
+        "spills": logged(r"(\d+) bytes spill stores", r"\.vgpr_spill_count:\s*(\d+)"),
         "wide_loads": len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|global_load_dwordx4", code)),
         "tensor_cores": sorted(set(re.findall(r"wgmma|tcgen05\.mma|mma\.sync|v_mfma", code))),
     }
