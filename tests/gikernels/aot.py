@@ -74,6 +74,7 @@ def compile_one(job: tuple[int, str]) -> dict:
     case = cases()[index]
     target, limit = TARGETS[arch]
     record = {
+        "module": case["fn"].fn.__module__,
         "kernel": case["fn"].__name__,
         "case": case["name"],
         "arch": arch,
@@ -105,11 +106,21 @@ def compile_one(job: tuple[int, str]) -> dict:
 
 
 def table(records: list[dict]) -> str:
-    columns = ("kernel", "case", "arch", "registers", "spills", "shared", "wide_loads", "seconds")
+    columns = (
+        "module",
+        "kernel",
+        "case",
+        "arch",
+        "registers",
+        "spills",
+        "shared",
+        "wide_loads",
+        "seconds",
+    )
     rows = [columns]
     for r in records:
         if "error" in r:
-            rows.append((r["kernel"], r["case"], r["arch"], r["error"].replace("\n", " ")[:60]))
+            rows.append((*(r[c] for c in columns[:4]), r["error"].replace("\n", " ")[:60]))
         else:
             cells = (r["seconds"] if c == "seconds" else r[c] for c in columns)
             rows.append(tuple(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells))
