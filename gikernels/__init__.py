@@ -4,6 +4,7 @@
 """
 
 from gikernels.dispatch import BackendStatus, BackendUnavailable, backends
+from gikernels.partition import partition
 from gikernels.reference import (
     Experience,
     Gae,
@@ -25,4 +26,5 @@ __all__ = [
     "SoftGroups",
     "TokenStats",
     "backends",
+    "partition",
 ]
