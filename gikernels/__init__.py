@@ -4,7 +4,9 @@
 """
 
 from gikernels.dispatch import BackendStatus, BackendUnavailable, backends
+from gikernels.linear_logprobs import linear_logprobs
 from gikernels.logprobs import logprobs
+from gikernels.partition import partition
 from gikernels.reference import (
     Experience,
     Gae,
@@ -14,6 +16,7 @@ from gikernels.reference import (
     SoftGroups,
     TokenStats,
 )
+from gikernels.settings import workspace
 
 __all__ = [
     "BackendStatus",
@@ -26,5 +29,8 @@ __all__ = [
     "SoftGroups",
     "TokenStats",
     "backends",
+    "linear_logprobs",
     "logprobs",
+    "partition",
+    "workspace",
 ]
