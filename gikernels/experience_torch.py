@@ -34,11 +34,17 @@ def _keep_(x: Tensor, bits: Tensor) -> Tensor:
     return x
 
 
+def _last(bits: Tensor, steps: Tensor) -> Tensor:
+    """(S, 1), the last unmasked step; 0 where there is none."""
+    return (bits & steps).amax(1, keepdim=True).long()
+
+
 def _scan(
     rewards: Tensor,  # (S, T), zero where masked
     values: Tensor,  # (S, T), zero where masked
     bits: Tensor,  # (S, T)
-    last_values: Tensor | None,  # (S)
+    last: Tensor,  # (S, 1), the last unmasked step
+    last_values: Tensor | None,  # (S, 1), the value after it
     gamma: float,
     lam: float,
     *,
@@ -62,8 +68,10 @@ def _scan(
     mask = bits.neg().to(rewards.dtype)
     centre = values.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_(min=1)
     values = _keep_(values - centre, bits)
-    if gamma != 1:
-        rewards = _keep_(rewards - (1 - gamma) * centre, bits)
+    rewards = rewards.clone() if gamma == 1 else _keep_(rewards - (1 - gamma) * centre, bits)
+    # What comes after the end joins the last reward at once, where a common offset cancels.
+    beyond = -centre if last_values is None else last_values - centre
+    rewards.scatter_add_(1, last, _keep(gamma * beyond, bits.gather(1, last)))
     b = torch.mul(rewards, c).add_(values, alpha=gamma - c)
     if t % block:
         b, mask = (torch.nn.functional.pad(x, (0, -t % block)) for x in (b, mask))
@@ -77,10 +85,8 @@ def _scan(
     # Time first, so that the loop over blocks reads and writes whole rows.
     sums = (after[:, 0] + eb[:, 0]).view(s, blocks).T.contiguous()
     decays = decays.view(s, blocks).T.contiguous()
-    w = torch.empty(blocks + 1, s, dtype=b.dtype, device=b.device)  # at the start of each block
-    beyond = centre.squeeze(1).neg() if last_values is None else last_values - centre.squeeze(1)
+    w = torch.zeros(blocks + 1, s, dtype=b.dtype, device=b.device)  # at the start of each block
     following, *heads = w.unbind()[::-1]
-    torch.mul(beyond, gamma, out=following)
     for head, total, decay in zip(heads, sums.unbind()[::-1], decays.unbind()[::-1]):
         following = torch.addcmul(total, decay, following, out=head)
     after.add_((w[1:] * decays).T.reshape(-1, 1)).div_(e)
@@ -99,12 +105,14 @@ def gae(
 ) -> None:
     dtype = out.advantages.dtype
     step = max(1, CHUNK // rewards.shape[1])
+    steps = torch.arange(rewards.shape[1], dtype=torch.int32, device=rewards.device)
     for i in range(0, len(rewards), step):
         rows = slice(i, i + step)
         bits = _bits(mask[rows], dtype)
         reward, value = (_keep(x[rows].to(dtype), bits) for x in (rewards, values))
-        last = None if last_values is None else last_values[rows].to(dtype)
-        advantages = _scan(reward, value, bits, last, gamma, lam, out=out.advantages[rows])
+        last = _last(bits, steps)
+        beyond = None if last_values is None else last_values[rows, None].to(dtype)
+        advantages = _scan(reward, value, bits, last, beyond, gamma, lam, out=out.advantages[rows])
         torch.add(advantages, value, out=out.returns[rows])
 
 
@@ -148,7 +156,9 @@ def experience(
         lengths = [logprobs.shape[1]] * sequences
     else:
         lengths = [b - a for a, b in pairwise(starts)]
-    coefs = scores.new_full((sequences,), kl_coef) if kl_coefs is None else kl_coefs
+    coefs = (
+        kl_coefs if kl_coefs is not None else scores.new_full((sequences,), kl_coef, dtype=dtype)
+    )
     coefs, scores = coefs.to(dtype), scores.to(dtype)
     steps = torch.arange(max(lengths, default=0), dtype=torch.int32, device=device)
     sums = torch.empty(4, sequences, dtype=torch.float64, device=device)
@@ -181,7 +191,7 @@ def experience(
         if kl_coefs is not None:
             _keep_(rewards, bits)  # a NaN coefficient times a masked zero
         if longest:
-            last = (bits & steps[:longest]).amax(1, True).long()
+            last = _last(bits, steps[:longest])
             rewards.scatter_add_(1, last, _keep(scores[seqs, None], bits.gather(1, last)))
         if values is None:
             returns.copy_(rewards.sum(1, keepdim=True))
@@ -190,7 +200,7 @@ def experience(
             returns.copy_(take(values))
             _keep_(returns, bits)
             if longest:
-                _scan(rewards, returns, bits, None, gamma, lam, out=advantages)
+                _scan(rewards, returns, bits, last, None, gamma, lam, out=advantages)
             returns.add_(advantages)
         if norm != "none":
             _row_sums(advantages, bits, out=sums[:, seqs])

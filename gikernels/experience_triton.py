@@ -698,6 +698,7 @@ def aot_cases() -> Iterator[dict[str, Any]]:
                 "BLOCK": BLOCK,
                 **_shape_of_tile(TILE, flat),
             },
+            maxnreg=MAX_REGISTERS,
         )
     yield grid.aot_case(
         _normalize_kernel,
