@@ -4,6 +4,8 @@
 """
 
 from gikernels.dispatch import BackendStatus, BackendUnavailable, backends
+from gikernels.linear_logprobs import linear_logprobs
+from gikernels.policy_loss import linear_policy_loss
 from gikernels.reference import (
     Experience,
     Gae,
@@ -25,4 +27,6 @@ __all__ = [
     "SoftGroups",
     "TokenStats",
     "backends",
+    "linear_logprobs",
+    "linear_policy_loss",
 ]
