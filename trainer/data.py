@@ -1,0 +1,24 @@
+"""Prompts, demonstrations and pairs, from files in the formats that people have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    ids: list[int]
+    text: str
+    domain: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    margin: float | None = None
+    rating_chosen: float | None = None
+    rating_rejected: float | None = None
