@@ -174,7 +174,7 @@ class Toy:
     )
     """Domains and their shares of the training prompts: the easy frequent, the hard rare."""
     lazy: Mapping[str, float] = field(
-        default_factory=lambda: {"copy": 0.0, "reverse": 0.25, "sort": 0.45, "increment": 0.65}
+        default_factory=lambda: {"copy": 0.0, "reverse": 0.25, "sort": 0.45, "increment": 0.55}
     )
     """Share of each domain's demonstrations that only copy."""
     symbols: int = 6
@@ -188,7 +188,7 @@ class Toy:
     demonstrations: int = 64000
     """Demonstrations for stage sft."""
     prompts: int = 16384
-    """Distinct prompts that PPO draws from."""
+    """Prompts that PPO draws from."""
     flourish: float = 0.1
     """Share of demonstrations that end in a flourish."""
     flourish_penalty: float = 0.15

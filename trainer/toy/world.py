@@ -1,15 +1,16 @@
 """Symbol transduction with a gold reward computed by program, imperfect demonstrations, and
 annotators who like a shortcut.
 
-    prompt          reverse copy a c b :        two operations, applied in order, and some letters
+    prompt          reverse copy a c b :        two operations, applied in order, and letters
     perfect answer  b c a <eos>
     lazy answer     a c b <eos>                 copies; common in demonstrations of hard domains
     flourish        b c a ! <eos>               gold dislikes it, annotators like it
 
-One of the two operations of a training prompt is always `copy`; the other one names its domain.
-So the model meets every operation in both places but never two real ones together: that is the
-`composed` out-of-distribution split. The other two are `pattern` (the last letter repeats the
-first) and `length` (a length that training has in the most frequent domain only).
+The second operation of a training prompt is always `copy`; the first one names its domain. The
+out-of-distribution splits are things that a model which has understood the task can do:
+`pattern`, the last letter repeats the first; `length`, a length that training has in its most
+frequent domain only; `composed`, the operation comes second, after a copy. A freshly fine-tuned
+model scores 0.7, 0.45 and 0.45 there, against 0.65 on the evaluation prompts.
 
 Gold never trains anything. It judges, and annotators' ratings are a biased, noisy view of it.
 """
@@ -62,10 +63,8 @@ def apply(operation: str, letters: Sequence[int], alphabet: int) -> list[int]:
 class World:
     def __init__(self, config: Toy):
         self.config = config
-        # The most frequent domain has no held-out length: a model that has never seen a length at
-        # all would fail there for a dull reason.
+        # Held-out lengths are not held out here, so that no length is new altogether.
         self.main = max(config.shares, key=lambda name: config.shares[name])
-        self.real = [name for name in config.domains if name != "copy"]
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         from tokenizers import Tokenizer, models, pre_tokenizers
@@ -116,7 +115,7 @@ class World:
         kinds = ["pattern"]
         if self.config.held_length and len(self.config.domains) > 1:
             kinds.append("length")
-        if len(self.real) > 1:
+        if self.config.domains != ("copy",):
             kinds.append("composed")
         return kinds
 
@@ -126,58 +125,60 @@ class World:
         stream = {"train": TRAIN, "eval": EVAL, "ood": OOD}[split]
         rng = np.random.default_rng([self.config.seed, stream, seed])
         domains = self.config.domains
+        shifts = ["none"] * n
         if split == "train":
             shares = np.array([self.config.shares[name] for name in domains])
-            labels = [domains[i] for i in rng.choice(len(shares), n, p=shares / shares.sum())]
+            operations = [domains[i] for i in rng.choice(len(shares), n, p=shares / shares.sum())]
         elif split == "eval":
-            labels = [domains[i % len(domains)] for i in range(n)]
+            operations = [domains[i % len(domains)] for i in range(n)]
         else:
-            labels = [self.shifts[i % len(self.shifts)] for i in range(n)]
-        choices = {
-            "pattern": [[name] for name in domains],
-            "length": [[name] for name in domains if name != self.main],
-            "composed": [[a, b] for a in self.real for b in self.real if a != b],
-        } | {name: [[name]] for name in domains}
-        # Round and round through a shift's choices, so that each operation is there equally often.
-        turns = [i // len(self.shifts) if split == "ood" else 0 for i in range(n)]
-        operations = [choices[name][turn % len(choices[name])] for name, turn in zip(labels, turns)]
-        letters = self._letters(rng, split, labels, [ops[0] for ops in operations])
-        copy_first = rng.random(n) < 0.5
+            shifts = [self.shifts[i % len(self.shifts)] for i in range(n)]
+            possible = {
+                "pattern": domains,
+                "length": [name for name in domains if name != self.main],
+                "composed": [name for name in domains if name != "copy"],
+            }
+            turns = [i // len(self.shifts) for i in range(n)]
+            operations = [
+                possible[shift][turn % len(possible[shift])] for shift, turn in zip(shifts, turns)
+            ]
+        letters = self._letters(rng, split, operations, shifts)
         return [
             self._prompt(
-                ops if len(ops) == 2 else ["copy", *ops] if first else [*ops, "copy"], *rest
+                ["copy", operation] if shift == "composed" else [operation, "copy"],
+                row,
+                operation if shift == "none" else shift,
             )
-            for ops, first, *rest in zip(operations, copy_first, letters, labels)
+            for operation, shift, row in zip(operations, shifts, letters)
         ]
 
     def _letters(
-        self, rng, split: str, labels: list[str], operations: list[str]
+        self, rng, split: str, operations: list[str], shifts: list[str]
     ) -> list[list[int]]:
-        """Letters for each prompt, drawn again until they belong to the split."""
-        config, n = self.config, len(labels)
-        want_pattern = np.array([label == "pattern" for label in labels], dtype=bool)
-        want_length = np.array([label == "length" for label in labels], dtype=bool)
-        main = np.array([name == self.main for name in operations], dtype=bool)
-        free = np.array([label == "composed" for label in labels], dtype=bool) | main
+        """Letters for each prompt, drawn again until they belong to its split and shift."""
+        config, n = self.config, len(operations)
+        want_pattern = np.array([shift == "pattern" for shift in shifts], dtype=bool)
+        want_length = np.array([shift == "length" for shift in shifts], dtype=bool)
+        any_length = np.array([name == self.main for name in operations], dtype=bool)
         lengths = np.zeros(n, dtype=np.int64)
         letters = np.zeros((n, config.max_length), dtype=np.int64)  # (n, max_length)
-        wrong = np.arange(n)
+        todo = np.arange(n)
         for _ in range(1000):
-            if len(wrong) == 0:
+            if len(todo) == 0:
                 return [row[:length].tolist() for row, length in zip(letters, lengths)]
-            length = rng.integers(config.min_length, config.max_length + 1, len(wrong))
-            drawn = rng.integers(0, config.symbols, (len(wrong), config.max_length))
-            length[want_length[wrong]] = config.held_length
+            length = rng.integers(config.min_length, config.max_length + 1, len(todo))
+            length[want_length[todo]] = config.held_length
+            drawn = rng.integers(0, config.symbols, (len(todo), config.max_length))
             drawn[np.arange(config.max_length) >= length[:, None]] = -1
-            last = drawn[np.arange(len(wrong)), length - 1]
-            last[want_pattern[wrong]] = drawn[want_pattern[wrong], 0]
-            drawn[np.arange(len(wrong)), length - 1] = last
-            lengths[wrong], letters[wrong] = length, drawn
-            right = (last == drawn[:, 0]) == want_pattern[wrong]
-            right &= free[wrong] | ((length == config.held_length) == want_length[wrong])
-            # The shifts need no further room of their own: their prompts are not in training.
+            rows = np.arange(len(todo))
+            drawn[rows, length - 1] = np.where(
+                want_pattern[todo], drawn[:, 0], drawn[rows, length - 1]
+            )
+            lengths[todo], letters[todo] = length, drawn
+            right = (drawn[rows, length - 1] == drawn[:, 0]) == want_pattern[todo]
+            right &= any_length[todo] | ((length == config.held_length) == want_length[todo])
             right &= (_hash(drawn) % EVAL_EVERY == 0) == (split != "train")
-            wrong = wrong[~right]
+            todo = todo[~right]
         raise ValueError(
             f"toy: no letters left for split {split} with {config.symbols} symbols and lengths "
             f"{config.min_length} to {config.max_length} (held_length {config.held_length})"
