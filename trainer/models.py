@@ -180,7 +180,10 @@ def unflatten(flat: Tensor, mask: Tensor) -> Tensor:
 @contextmanager
 def quietly():
     """Hugging Face announces every load, save and new head; all are expected here."""
-    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    level, bars = (
+        transformers.logging.get_verbosity(),
+        transformers.logging.is_progress_bar_enabled(),
+    )
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -298,7 +301,8 @@ def prepare(module: nn.Module, config) -> nn.Module:
     if config.model.gradient_checkpointing:
         for part in module.modules():
             if isinstance(part, PreTrainedModel):
-                part.gradient_checkpointing_enable()
+                enable = getattr(part, "activation_checkpointing_enable", None)  # its newer name
+                (enable or part.gradient_checkpointing_enable)()
                 break
     return module.to(parallel.device()).eval()
 
