@@ -412,8 +412,8 @@ def _stage(config: Config, stage: str) -> str:
     kl = f"KL {config.kl.coef:g}{' adaptive' if config.kl.adaptive and groups.active else ''}"
     return (
         f"{ppo.steps} steps of {ppo.prompts_per_step} prompts x {ppo.samples_per_prompt} answers, "
-        f"{ppo.ppo_epochs} epochs x {ppo.minibatches} minibatches, up to {_millions(tokens)} answer "
-        f"tokens, lr {ppo.lr:g} / {ppo.critic_lr:g}, {ppo.advantages}, {how}, {kl}"
+        f"{ppo.ppo_epochs} epochs x {ppo.minibatches} minibatches, up to {_millions(tokens)} "
+        f"answer tokens, lr {ppo.lr:g} / {ppo.critic_lr:g}, {ppo.advantages}, {how}, {kl}"
     )
 
 
