@@ -327,12 +327,21 @@ def memory(config: Config, stage: str, policy: Shape, reward: Shape, ranks: int)
             out["critic"] = (FP32 + ADAM) * body.backbone / ranks
             out["gradients"] = FP32 * max(policy.parameters, body.backbone) / ranks
         out["generation cache"] = _cache(config, policy)
-    out["activations"] = _activations(config, shape)
+    batch = {
+        "sft": config.sft.batch,
+        "rm": 2 * config.rm.batch,
+        "ppo": config.ppo.sequences_per_step,
+    }
+    answer = (
+        config.data.max_answer_tokens if stage != "ppo" else 0
+    ) or config.rollout.max_new_tokens
+    tokens = batch[stage] // ranks * (config.data.max_prompt_tokens + answer)
+    out["activations"] = _activations(config, shape, tokens)
     return {name: int(value) for name, value in out.items()}
 
 
-def _activations(config: Config, shape: Shape) -> int:
-    """What the backward pass of one micro-batch keeps. In bfloat16 the residual stream and the
+def _activations(config: Config, shape: Shape, tokens: int) -> int:
+    """What the backward pass of a micro-batch of at most `tokens` keeps. In bfloat16 the residual stream and the
     norms stay float32, for the master weights are: 4 bytes; what goes into matrix products: 2."""
     compute = 2 if config.model.dtype == "bfloat16" else 4
     residual = 4 * 4 * shape.hidden  # in and out of two norms
@@ -346,7 +355,7 @@ def _activations(config: Config, shape: Shape) -> int:
     kept = 4 * shape.hidden * shape.layers + layer  # a layer's input; one layer recomputed
     if not config.model.gradient_checkpointing:
         kept = layer * shape.layers
-    return config.trainer.tokens_per_microbatch * kept
+    return min(config.trainer.tokens_per_microbatch, tokens) * kept
 
 
 def _cache(config: Config, shape: Shape) -> int:
