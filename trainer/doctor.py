@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 OPTIONAL = {
     "vllm": ("vLLM", "fast rollouts on GPUs", "pip install -c constraints.txt -e '.[vllm]'"),
@@ -19,7 +20,7 @@ OPTIONAL = {
     "tensorboard": ("TensorBoard", "trainer.log=[tensorboard]", "pip install tensorboard"),
     "wandb": ("Weights & Biases", "trainer.log=[wandb]", "pip install wandb"),
 }
-REQUIRED = ("torch", "triton", "transformers", "tokenizers", "safetensors", "datasets", "matplotlib")
+NEEDED = ("torch", "triton", "transformers", "tokenizers", "safetensors", "datasets", "matplotlib")
 
 
 def show() -> int:
@@ -30,7 +31,7 @@ def show() -> int:
         table.add_column(column, overflow="fold")
     for part in (_machine(), _devices(), _packages(), _backends(), _compilers(), _optional()):
         for name, found, advice in part:
-            table.add_row(name, found if found else "[yellow]no[/]", advice)
+            table.add_row(name, Text(found) if found else Text("no", "yellow"), Text(advice))
         table.add_section()
     console.print(table)
     return 0
@@ -70,7 +71,7 @@ def _devices() -> Iterator[Row]:
 
 
 def _packages() -> Iterator[Row]:
-    for name in REQUIRED:
+    for name in NEEDED:
         found = _version(name)
         yield name, found, "" if found else "pip install -c constraints.txt -e '.[trainer]'"
 

@@ -341,8 +341,9 @@ def memory(config: Config, stage: str, policy: Shape, reward: Shape, ranks: int)
 
 
 def _activations(config: Config, shape: Shape, tokens: int) -> int:
-    """What the backward pass of a micro-batch of at most `tokens` keeps. In bfloat16 the residual stream and the
-    norms stay float32, for the master weights are: 4 bytes; what goes into matrix products: 2."""
+    """What the backward pass of a micro-batch of at most `tokens` keeps. In bfloat16 the residual
+    stream and the norms stay float32, as the master weights are: 4 bytes; what goes into matrix
+    products: 2."""
     compute = 2 if config.model.dtype == "bfloat16" else 4
     residual = 4 * 4 * shape.hidden  # in and out of two norms
     products = compute * (
