@@ -35,6 +35,8 @@ OPERATIONS = ("copy", "reverse", "sort", "increment", "rotate", "swap")
 class ConfigError(ValueError):
     """One line: where it was said (file:line or override), which key, what is wrong."""
 
+    for_user = True
+
     def __init__(self, problem: str, key: str = "", where: str = ""):
         self.problem, self.key, self.where = problem, key, where
         super().__init__(": ".join(part for part in (where, key, problem) if part))
@@ -55,10 +57,13 @@ class Run:
     """What `train` does, in this order; of sft, rm, ppo, metarm."""
     threads: int = 0
     """CPU threads of torch; 0 leaves torch's own choice."""
+    ranks: int = 0
+    """How many ranks --dry-run plans for; 0: as many as it runs on."""
 
     def __post_init__(self) -> None:
         _want(self.seed >= 0, "run.seed", self.seed, "0 or more")
         _want(self.threads >= 0, "run.threads", self.threads, "0 (torch's choice) or more")
+        _want(self.ranks >= 0, "run.ranks", self.ranks, "0 or more")
         _want(len(self.stages) > 0, "run.stages", list(self.stages), f"some of {list(STAGES)}")
         for stage in self.stages:
             _want(stage in STAGES, "run.stages", stage, _choices(stage, STAGES))
@@ -739,7 +744,7 @@ def find(name_or_path: str) -> Path:
     inside = PACKAGED / f"{name_or_path}.yaml"
     if inside.is_file():
         return inside
-    meant = _did_you_mean(name_or_path, packaged())
+    meant = did_you_mean(name_or_path, packaged())
     raise ConfigError(
         f"no packaged configuration of this name{meant}; there are {', '.join(packaged())}, "
         "and a path ends in .yaml",
@@ -749,13 +754,25 @@ def find(name_or_path: str) -> Path:
 
 def differences(ours: Config, theirs: Config) -> list[str]:
     """`key: theirs -> ours` for every setting that changes a run's result, for messages."""
-    cosmetic = ("run.output", "run.threads", "trainer.progress", "trainer.log", "trainer.profile")
+    cosmetic = (
+        "run.output",
+        "run.threads",
+        "run.ranks",
+        "trainer.progress",
+        "trainer.log",
+        "trainer.profile",
+    )
     a, b = _flat(ours.to_dict()), _flat(theirs.to_dict())
     return [
         f"{key}: {b.get(key)!r} -> {a.get(key)!r}"
         for key in sorted(a.keys() | b.keys())
         if a.get(key) != b.get(key) and key not in cosmetic
     ]
+
+
+def as_yaml(value: Any) -> str:
+    """A plain value in one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n...")[0].strip()
 
 
 def fields_of(section: type) -> list[tuple[str, str, Any, str]]:
@@ -957,17 +974,17 @@ def _name(kind: Any) -> str:
 
 
 def _choices(value: Any, allowed: Sequence[str]) -> str:
-    return f"one of {', '.join(allowed)}{_did_you_mean(str(value), allowed)}"
+    return f"one of {', '.join(allowed)}{did_you_mean(str(value), allowed)}"
 
 
-def _did_you_mean(name: str, known: Sequence[str]) -> str:
+def did_you_mean(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _suggest(name: str, section: type, key: str) -> str:
     known = [each.name for each in dataclasses.fields(section)]
-    near = _did_you_mean(name, known)
+    near = did_you_mean(name, known)
     if near:
         return near
     # The key may be right and only its section wrong or missing.

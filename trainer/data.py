@@ -38,6 +38,8 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 class DataError(ValueError):
     """One line that names the file and line (or the setting), the column, and what is wrong."""
 
+    for_user = True
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
@@ -45,6 +47,7 @@ class Prompt:
     text: str
     domain: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    """The whole row it came from, for reward functions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,7 @@ def load_prompts(config: Config, split: str, tokenizer: PreTrainedTokenizerBase)
         if _fits(ids, config.data.max_prompt_tokens, "prompt", where, config):
             domain = _pick(row, config.data.columns.domain)
             domain = None if domain is None else str(domain)
-            prompts.append(Prompt(ids=ids, text=text, domain=domain, meta={"where": where}))
+            prompts.append(Prompt(ids=ids, text=text, domain=domain, meta=row))
     return _some(prompts, len(rows), key, source)
 
 

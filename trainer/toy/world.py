@@ -27,7 +27,7 @@ from trainer.data import Prompt
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 PAD, EOS, UNKNOWN, SEPARATOR, FLOURISH = range(5)
 FIRST_OPERATION = 5
@@ -83,16 +83,11 @@ class World:
             clean_up_tokenization_spaces=False,
         )
 
-    def model(self, seed: int = 0) -> PreTrainedModel:
-        """A tiny causal LM with fresh weights, made from `seed` whatever was drawn before."""
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    def model_config(self) -> PreTrainedConfig:
+        from transformers import LlamaConfig, Qwen2Config
 
-        kind, build = {
-            "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-            "llama": (LlamaConfig, LlamaForCausalLM),
-        }[self.config.architecture]
-        config = kind(
+        kind = {"qwen2": Qwen2Config, "llama": LlamaConfig}[self.config.architecture]
+        return kind(
             vocab_size=len(WORDS),
             hidden_size=self.config.hidden,
             intermediate_size=self.config.intermediate,
@@ -105,9 +100,15 @@ class World:
             bos_token_id=None,
             eos_token_id=EOS,
         )
+
+    def model(self, seed: int = 0) -> PreTrainedModel:
+        """A tiny causal LM with fresh weights, made from `seed` whatever was drawn before."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return build(config)
+            return AutoModelForCausalLM.from_config(self.model_config())
 
     @property
     def shifts(self) -> list[str]:
