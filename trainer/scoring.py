@@ -26,6 +26,8 @@ from trainer.models import RewardModel
 class RewardError(ValueError):
     """One line: which reward function, and what it did."""
 
+    for_user = True
+
 
 class RewardFunction:
     """A user's function, called with texts and checked."""
