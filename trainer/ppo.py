@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trainer import baselines, models, ops, parallel
-from trainer.batching import Sequences, batch_indices, forward_all, micro_batches, minibatches
+from trainer.batching import Sequences, batch_indices, forward_all, minibatches
 from trainer.checkpoint import TrainState
 from trainer.data import Prompt, load_prompts
 from trainer.evaluate import Evaluator, Judge, by_label, few_of_each_domain, make_judge
@@ -173,7 +173,7 @@ def train_critic(
                     group_returns[chosen],
                     lambda batch=batch: t.group_logits(batch),
                 )
-            for rows in micro_batches(batch.lengths, config.trainer.tokens_per_microbatch):
+            for rows in batch.micro_batches(config.trainer.tokens_per_microbatch):
                 here = chosen[rows]
                 with parallel.autocast(config.model.dtype):
                     values, logits = t.critic(batch.rows(rows))
@@ -219,7 +219,7 @@ def train_policy(
         for chosen in minibatches(len(sequences), config.ppo.minibatches, shuffle):
             batch = sequences.rows(chosen)
             denom = parallel.all_sum(mask[chosen].sum())
-            for rows in micro_batches(batch.lengths, config.trainer.tokens_per_microbatch):
+            for rows in batch.micro_batches(config.trainer.tokens_per_microbatch):
                 here = chosen[rows]
                 with parallel.autocast(config.model.dtype):
                     stats = t.policy(batch.rows(rows), config.rollout.temperature)
