@@ -25,8 +25,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import gikernels
 from gikernels import TokenStats
-from trainer import ops, parallel
+from trainer import parallel
 from trainer.batching import Sequences, micro_batches
 from trainer.config import ConfigError
 
@@ -55,7 +56,7 @@ class Policy(nn.Module):
         if reference is not None:
             with torch.no_grad():
                 ref = (answer_states(reference.model.base_model, sequences), reference.head.weight)
-        stats = ops.linear_logprobs(
+        stats = gikernels.linear_logprobs(
             answer_states(self.model.base_model, sequences),
             self.head.weight,
             sequences.tokens[:, 1:][before_answer(sequences)],

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer import baselines, models, ops, parallel
+import gikernels
+from trainer import baselines, models, parallel
 from trainer.batching import Sequences, batch_indices, forward_all, minibatches
 from trainer.checkpoint import TrainState
 from trainer.data import Prompt, load_prompts
@@ -178,7 +179,7 @@ def train_critic(
                 with parallel.autocast(config.model.dtype):
                     values, logits = t.critic(batch.rows(rows))
                 width = values.shape[1]
-                loss, figures = ops.value_loss(
+                loss, figures = gikernels.value_loss(
                     values,
                     old_values[here, :width],
                     returns[here, :width],
@@ -225,7 +226,7 @@ def train_policy(
                     stats = t.policy(batch.rows(rows), config.rollout.temperature)
                 width = stats.logprobs.shape[1]
                 real = mask[here, :width]
-                loss, figures = ops.ppo_loss(
+                loss, figures = gikernels.ppo_loss(
                     stats.logprobs,
                     forward.logprobs[here, :width],
                     advantages[here, :width],
@@ -262,7 +263,7 @@ def kl_loss(config, logprobs: Tensor, ref_logprobs: Tensor, kl_coef: Tensor, mas
     """Sum of eta_i * KL_it, differentiable; k3, because k1's gradient is zero in expectation."""
     estimator = "k3" if config.kl.estimator in ("k1", "exact") else config.kl.estimator
     each = torch.arange(len(kl_coef), device=kl_coef.device, dtype=torch.int32)
-    cost = ops.kl_penalty(logprobs, ref_logprobs, kl_coef, each, estimator=estimator)
+    cost = gikernels.kl_penalty(logprobs, ref_logprobs, kl_coef, each, estimator=estimator)
     return (cost * mask).sum()
 
 
