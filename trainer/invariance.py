@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer import ops, parallel
+from trainer.data import DataError
 
 
 class Groups:
@@ -36,7 +37,7 @@ class Groups:
         if self.inference == "oracle":
             missing = next((p for p in prompts if p.domain is None), None)
             if missing is not None:
-                raise ValueError(
+                raise DataError(
                     "groups.inference=oracle: the prompts need a domain column "
                     f"(data.columns.domain); {missing.text[:40]!r} has none"
                 )

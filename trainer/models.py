@@ -27,6 +27,7 @@ from transformers import (
 from gikernels import TokenStats
 from trainer import ops, parallel
 from trainer.batching import Sequences
+from trainer.config import ConfigError
 
 
 class Policy(nn.Module):
@@ -104,7 +105,9 @@ class RewardModel(nn.Module):
         self.head = head or getattr(model.config, "reward_head", "last")
         model.config.reward_head = self.head
         if self.head == "pooled" and not hasattr(model, "score"):
-            raise ValueError(f"rm.head=pooled: {type(model).__name__} has no score at each token")
+            raise ConfigError(
+                f"pooled: {type(model).__name__} has no score at each token; want last", "rm.head"
+            )
 
     def forward(self, sequences: Sequences) -> Tensor:  # (s)
         tokens, lengths = sequences.tokens, sequences.lengths
@@ -180,7 +183,10 @@ def unflatten(flat: Tensor, mask: Tensor) -> Tensor:
 @contextmanager
 def quietly():
     """Hugging Face announces every load, save and new head; all are expected here."""
-    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    level, bars = (
+        transformers.logging.get_verbosity(),
+        transformers.logging.is_progress_bar_enabled(),
+    )
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -217,7 +223,7 @@ def load_reward_model(
     takes its pad token from the tokenizer."""
     torch.manual_seed(config.run.seed)  # the new layer's weights
     if source == "toy":
-        raise ValueError("model.policy=toy: a reward model starts from the model of stage sft")
+        raise ConfigError("toy: a reward model starts from the model of stage sft", "model.policy")
     model = _load(AutoModelForSequenceClassification, source, config, num_labels=1)
     if tokenizer is not None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -238,7 +244,7 @@ def reward_source(config, run) -> str:
 def _made_by(stage: str, run) -> str:
     folder = run.model(stage)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not there: run stage {stage} first")
+        raise ConfigError(f"{folder} is not there: run stage {stage} first")
     return str(folder)
 
 
@@ -264,9 +270,9 @@ def make_critic(config, policy: Policy, reward: RewardModel | None, groups) -> C
         if body.get_input_embeddings().num_embeddings < len(
             policy.model.get_input_embeddings().weight
         ):
-            raise ValueError(
-                "model.critic=reward: the reward model has another vocabulary than the policy; "
-                "want model.critic=policy"
+            raise ConfigError(
+                "reward: the reward model has another vocabulary than the policy; want policy",
+                "model.critic",
             )
     else:
         body = policy.model.base_model
@@ -298,7 +304,8 @@ def prepare(module: nn.Module, config) -> nn.Module:
     if config.model.gradient_checkpointing:
         for part in module.modules():
             if isinstance(part, PreTrainedModel):
-                part.gradient_checkpointing_enable()
+                enable = getattr(part, "activation_checkpointing_enable", None)  # its newer name
+                (enable or part.gradient_checkpointing_enable)()
                 break
     return module.to(parallel.device()).eval()
 

@@ -26,6 +26,8 @@ from trainer.models import RewardModel
 class RewardError(ValueError):
     """One line: which reward function, and what it did."""
 
+    for_user = True
+
 
 class RewardFunction:
     """A user's function, called with texts and checked."""
@@ -102,7 +104,11 @@ class Scorer:
         parts: dict[str, tuple[Tensor, float]] = {}
         weight = self.config.reward.model_weight
         if self.model is not None and weight:
-            read = sequences if self.model_tokenizer is None else self._retokenised(sequences)
+            read = (
+                sequences
+                if self.model_tokenizer is None
+                else self._retokenised(sequences, truncated)
+            )
             with parallel.autocast(self.config.model.dtype):
                 (scores,) = forward_all(
                     lambda batch: (self.model(batch),),
@@ -120,7 +126,7 @@ class Scorer:
             total = total + weight * scores
         return {"total": total, **{name: scores for name, (scores, _) in parts.items()}}
 
-    def _retokenised(self, sequences: Sequences) -> Sequences:
+    def _retokenised(self, sequences: Sequences, truncated: Tensor) -> Sequences:
         """The same texts in the reward model's own tokens."""
         prompts = [
             row[:n] for row, n in zip(sequences.tokens.tolist(), sequences.prompt_lengths.tolist())
@@ -131,9 +137,12 @@ class Scorer:
             texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
             return theirs(texts, **options)["input_ids"]
 
+        eos = [theirs.eos_token_id] if theirs.eos_token_id is not None else []
         answers = [
-            ids + [theirs.eos_token_id] * (theirs.eos_token_id is not None)
-            for ids in translate(sequences.answers(), add_special_tokens=False)
+            ids + (eos if ended else [])
+            for ids, ended in zip(
+                translate(sequences.answers(), add_special_tokens=False), (~truncated).tolist()
+            )
         ]
         return Sequences.of(translate(prompts), answers, theirs.pad_token_id or 0)
 

@@ -1,8 +1,8 @@
 import shutil
 
 import pytest
-from tests.trainer import tiny
 
+from tests.trainer import tiny
 from trainer import reward, sft
 from trainer.metrics import RunFolder
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.trainer import tiny
 
+from tests.trainer import tiny
 from trainer import ops
 from trainer.invariance import Groups, group_means, performance
 
@@ -191,7 +191,7 @@ def test_oracle_uses_the_domains_ordered_by_return():
     g.observe(g.probs(None, some), returns)
     want = [{"sort": 0, "reverse": 1, "copy": 2}[p.domain] for p in some]
     assert g.probs(None, some).argmax(1).tolist() == want
-    with pytest.raises(ValueError, match="oracle.*domain column"):
+    with pytest.raises(ValueError, match=r"oracle.*domain column"):
         Groups(tiny.config("unused", "groups.inference=oracle"), prompts(3, (None,)))
 
 
@@ -234,8 +234,6 @@ def test_performance_over_reference_has_no_offset():
     torch.testing.assert_close(
         performance("over_reference", raw, raw, reference, 2.0), (raw - reference.mean(1)) / 2
     )
-    ties = performance(
-        "quantile", raw, torch.ones(1), torch.tensor([[0.0, 1.0, 2.0, 0.5]]), 1.0
-    )
+    ties = performance("quantile", raw, torch.ones(1), torch.tensor([[0.0, 1.0, 2.0, 0.5]]), 1.0)
     assert ties.item() == (1 + 0.5 + 0 + 1) / 4
     assert performance("raw", raw, raw * 3, None, 1.0) is raw

@@ -2,17 +2,19 @@
 
 import pytest
 import torch
-from tests.trainer import tiny
 from transformers import AutoModelForSequenceClassification
 
+from tests.trainer import tiny
 from trainer import models
 from trainer.batching import Sequences, batch_indices, forward_all, micro_batches, minibatches
 from trainer.invariance import Groups
 from trainer.optim import Optimizer
 
 SEQUENCES = Sequences.of(
-    [[5, 6, 11, 12, 3], [5, 7, 11, 3], [8, 5, 11, 12, 13, 3]], [[11, 12, 1], [1], [13, 12, 11, 4, 1]], 0
-)  # fmt: skip
+    [[5, 6, 11, 12, 3], [5, 7, 11, 3], [8, 5, 11, 12, 13, 3]],
+    [[11, 12, 1], [1], [13, 12, 11, 4, 1]],
+    0,
+)
 
 
 def test_policy_logprobs_entropy_and_exact_kl(base):
@@ -26,7 +28,7 @@ def test_policy_logprobs_entropy_and_exact_kl(base):
         logp, ref = (m.model(row).logits[0, start - 1 : end - 1] for m in (policy, other))
         logp, ref = (logp.double() / 0.7).log_softmax(-1), (ref.double() / 0.7).log_softmax(-1)
         want = logp[torch.arange(n), row[0, start:]]
-        close = dict(atol=1e-5, rtol=0, check_dtype=False)
+        close = {"atol": 1e-5, "rtol": 0, "check_dtype": False}
         torch.testing.assert_close(stats.logprobs[i, :n], want, **close)
         torch.testing.assert_close(stats.entropy[i, :n], -(logp.exp() * logp).sum(-1), **close)
         torch.testing.assert_close(stats.kl[i, :n], (logp.exp() * (logp - ref)).sum(-1), **close)
@@ -73,6 +75,16 @@ def test_critic_reads_states_before_tokens_and_the_group_where_it_is_told(base, 
     for name, theirs in reward.model.model.named_parameters():  # a copy of the reward model's
         assert torch.equal(ours[name], theirs) and ours[name] is not theirs
         assert ours[name].requires_grad and not theirs.requires_grad
+
+
+def test_a_saved_folder_has_the_same_tokenizer(base):
+    """AutoTokenizer takes a tokenizer's class from the model beside it, for some models."""
+    ours = models.load_tokenizer("toy", tiny.config("unused"))
+    for name in ("sft", "rm"):
+        theirs = models.load_tokenizer(str(base.model(name)), tiny.config("unused"))
+        text = "copy reverse a b :"
+        assert theirs(text)["input_ids"] == ours(text)["input_ids"] == [5, 6, 11, 12, 3]
+        assert theirs.decode([5, 11]) == ours.decode([5, 11]) == "copy a"
 
 
 # --- batches ---

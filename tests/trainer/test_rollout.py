@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.trainer import tiny
 
 from trainer import models, parallel
 from trainer.batching import forward_all
@@ -33,7 +32,7 @@ def generate(engine, samples=3, seed=0):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_are_those_of_the_policy(setup, temperature):
-    config, _, policy, engine = setup(f"rollout.temperature={temperature}")
+    _, _, policy, engine = setup(f"rollout.temperature={temperature}")
     rollout = generate(engine)
     (ours,) = forward_all(lambda b: (policy(b, temperature).logprobs,), rollout.sequences, 50)
     assert check_logprobs(rollout, ours, 1e-4) < 1e-4

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.trainer import tiny
 
+from tests.trainer import tiny
 from trainer import models
 from trainer.batching import Sequences
 from trainer.scoring import Normaliser, RewardError, Scorer, check_functions
