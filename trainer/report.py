@@ -648,7 +648,7 @@ def _tiles(runs: list[Run]) -> str:
 def _table(runs: list[Run]) -> str:
     """Domains x {SFT, each run}: gold, proxy, KL at the last evaluation."""
     columns = [(SFT, run.sft) for run in runs if run.sft][:1]
-    columns += [(run.name, run.final) for run in runs if run.final]
+    columns += [(run.name, {**run.final, **_over_the_run(run)}) for run in runs if run.final]
     if not columns:
         return ""
     domains = list(dict.fromkeys(domain for run in runs for domain in run.domains))
@@ -658,14 +658,21 @@ def _table(runs: list[Run]) -> str:
         ("mean", ["eval/gold", "eval/proxy", "eval/kl"]),
         ("worst domain", ["eval/worst_domain_gold", "eval/worst_domain_score", ""]),
         ("out of distribution", ["eval/ood_gold", "eval/ood_proxy", ""]),
+        ("mean, over the run", [f"over/eval/{name}" for name in ("gold", "proxy", "kl")]),
+        (
+            "worst domain, over the run",
+            ["over/eval/worst_domain_gold", "over/eval/worst_domain_score", ""],
+        ),
     ]
     kinds = [
         (i, label)
         for i, label in enumerate(("gold", "proxy", "KL"))
         if any(line.get(keys[i]) is not None for _, line in columns for _, keys in rows)
     ]
-    head = "".join(f'<th colspan="{len(columns)}">{label}</th>' for _, label in kinds)
-    names = "".join(f"<th>{escape(name)}</th>" for name, _ in columns) * len(kinds)
+    head = "".join(f'<th class="block" colspan="{len(columns)}">{label}</th>' for _, label in kinds)
+    names = "".join(
+        f"<th{_block(column)}>{escape(name)}</th>" for column, (name, _) in enumerate(columns)
+    ) * len(kinds)
     body = []
     for title, keys in rows:
         cells = []
@@ -673,17 +680,35 @@ def _table(runs: list[Run]) -> str:
             values = [line.get(keys[i]) for _, line in columns]
             known = [value for value in values if value is not None]
             best = max(known) if known and label == "gold" else None
-            for value in values:
-                mark = ' class="best"' if best is not None and value == best else ""
-                cells.append(f"<td{mark}>{_number(value)}</td>")
+            for column, value in enumerate(values):
+                number = _number(value)
+                number = f"<b>{number}</b>" if best is not None and value == best else number
+                cells.append(f"<td{_block(column)}>{number}</td>")
         if any(">–<" not in cell for cell in cells):
             body.append(f"<tr><th>{escape(title)}</th>{''.join(cells)}</tr>")
     return (
         f'<h2>Last evaluation</h2><div class="scroll"><table class="figures"><thead><tr><th></th>'
         f"{head}</tr><tr><th></th>{names}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-        "<p>One seed and one evaluation: differences of a few hundredths are noise. The curves "
-        "below say more than the last point.</p>"
+        "<p>One seed: differences of a few hundredths are noise. Over the run: the mean of all "
+        "evaluations after the first third, which is steadier than the last one.</p>"
     )
+
+
+def _over_the_run(run: Run) -> dict[str, float]:
+    """over/<metric>: means of the policy's evaluations after the first third."""
+    lines = [line for line in run.evaluations if line.get("policy") != "sft"]
+    lines = lines[len(lines) // 3 :]
+    out = {}
+    for key in lines[-1] if lines else ():
+        values = [line[key] for line in lines if isinstance(line.get(key), int | float)]
+        if key.startswith("eval/") and values:
+            out[f"over/{key}"] = sum(values) / len(values)
+    return out
+
+
+def _block(column: int) -> str:
+    """A line to the left of each block of columns."""
+    return ' class="block"' if column == 0 else ""
 
 
 def _differences(runs: list[Run]) -> str:
@@ -781,7 +806,8 @@ th, td {{ padding: 4px 12px; text-align: right; border-bottom: 1px solid #eee;
 th {{ font-weight: 600; }}
 thead th {{ color: #555; vertical-align: bottom; }}
 tbody th {{ text-align: left; white-space: nowrap; font-weight: 500; }}
-.best {{ font-weight: 700; }}
+.block {{ border-left: 1px solid #ddd; }}
+th.block[colspan] {{ text-align: center; }}
 .sample {{ border-top: 1px solid #eee; padding: 10px 0; }}
 .prompt {{ font-family: ui-monospace, monospace; font-size: 13px; margin: 2px 0 8px;
   white-space: pre-wrap; overflow-wrap: anywhere; max-height: 200px; overflow-y: auto; }}

@@ -20,7 +20,8 @@ def tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     texts = "Human: Assistant: hi there how are you fine bad thanks yes no the answer is user : "
-    texts += "assistant system POST: TITLE: SUBREDDIT: r/pets my cat ran away Help TL;DR: came back ye yep"
+    texts += "assistant system POST: TITLE: SUBREDDIT: r/pets my cat ran away Help TL;DR: came "
+    texts += "back ye yep"
     words = ["<pad>", "<eos>", "<unk>", *dict.fromkeys(texts.split())]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
