@@ -762,7 +762,7 @@ def differences(ours: Config, theirs: Config) -> list[str]:
         "trainer.log",
         "trainer.profile",
     )
-    a, b = _flat(ours.to_dict()), _flat(theirs.to_dict())
+    a, b = flat(ours.to_dict()), flat(theirs.to_dict())
     return [
         f"{key}: {b.get(key)!r} -> {a.get(key)!r}"
         for key in sorted(a.keys() | b.keys())
@@ -1009,11 +1009,11 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
 
 
-def _flat(data: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+def flat(data: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     out = {}
     for name, value in data.items():
         if isinstance(value, dict) and value:
-            out.update(_flat(value, f"{above}{name}."))
+            out.update(flat(value, f"{above}{name}."))
         else:
             out[f"{above}{name}"] = value
     return out
