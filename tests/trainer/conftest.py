@@ -1,0 +1,30 @@
+import shutil
+
+import pytest
+
+from tests.trainer import tiny
+from trainer import reward, sft
+from trainer.metrics import RunFolder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A run folder with a fine-tuned model and a reward model."""
+    run = RunFolder(tmp_path_factory.mktemp("base"))
+    config = tiny.config(run.path)
+    sft.run(config, run)
+    reward.run(config, run)
+    return run
+
+
+@pytest.fixture
+def fresh(base, tmp_path):
+    """make(*overrides) -> (config, run): a new run folder with base's models."""
+    made = iter(range(100))
+
+    def make(*overrides):
+        run = RunFolder(tmp_path / f"run{next(made)}")
+        shutil.copytree(base.path / "models", run.path / "models")
+        return tiny.config(run.path, *overrides), run
+
+    return make

@@ -1,0 +1,264 @@
+"""The whole loop on a model of seconds: determinism, invariances, ablations, what it leaves."""
+
+import io
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from tests.trainer import tiny
+from trainer import experience, ppo
+from trainer.metrics import read_lines
+from trainer.rollout import LogprobMismatch
+
+METRICS = {
+    "objective/scores objective/rlhf_reward objective/kl objective/kl_coef objective/entropy",
+    "policy/loss policy/approxkl policy/clipfrac policy/ratio policy/grad_norm",
+    "value/loss value/clipfrac value/explained_var value/grad_norm",
+    "rollout/length rollout/truncated rollout/logprob_diff_max reward/model",
+    "perf/tokens_per_second perf/step_seconds perf/peak_memory_bytes timing/rollout timing/policy",
+    "group/0/score group/0/kl group/0/kl_coef group/0/mass group/0/weight group/1/score",
+    "group/gap group/variance group/worst group/label_swaps group/weight_clamped",
+    "domain/copy/score domain/copy/gold",
+}
+
+
+def lines(run, stage="ppo"):
+    return [line for line in tiny.without_times(read_lines(run.metrics)) if line["stage"] == stage]
+
+
+@pytest.fixture(scope="module")
+def plain_run(base, tmp_path_factory):
+    import shutil
+
+    from trainer.metrics import RunFolder
+
+    run = RunFolder(tmp_path_factory.mktemp("plain"))
+    shutil.copytree(base.path / "models", run.path / "models")
+    ppo.run(tiny.config(run.path), run)
+    return run
+
+
+def test_metrics_samples_and_models(plain_run):
+    wanted = {name for row in METRICS for name in row.split()}
+    written = read_lines(plain_run.metrics)
+    steps = [line for line in written if line["stage"] == "ppo"]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert all(wanted <= line.keys() for line in steps), wanted - steps[0].keys()
+    assert all(isinstance(v, (int, float)) for k, v in steps[0].items() if k != "stage")
+
+    evaluations = [line for line in written if line["stage"] == "eval"]
+    assert [(e["policy"], e["step"]) for e in evaluations] == [
+        ("sft", 0), ("policy", 2), ("policy", 3),
+    ]  # fmt: skip
+    for e in evaluations:
+        assert {"domain/copy/gold", "domain/copy/score", "domain/copy/kl"} <= e.keys()
+        names = "gold proxy kl worst_domain_gold gap ood_gold"
+        assert {f"eval/{name}" for name in names.split()} <= e.keys()
+    assert "eval/worst_group_gold" in evaluations[-1]
+    assert evaluations[0]["eval/kl"] == pytest.approx(0, abs=1e-5)
+
+    samples = read_lines(plain_run.samples)
+    assert {"stage", "step", "prompt", "response", "domain", "score", "gold", "group"} <= samples[
+        0
+    ].keys()
+
+    sums = sum(v for k, v in read_lines(plain_run.metrics)[2].items() if k.startswith("timing/"))
+    assert sums > 0
+
+    AutoModelForCausalLM.from_pretrained(plain_run.model("policy"))
+    _, loaded = AutoModelForSequenceClassification.from_pretrained(
+        plain_run.model("rm"), output_loading_info=True
+    )
+    assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
+    assert (plain_run.model("policy") / "model.safetensors").exists()
+
+
+def test_two_runs_with_one_seed_are_equal(plain_run, fresh):
+    config, run = fresh()
+    ppo.run(config, run)
+    for stage in ("ppo", "eval"):
+        assert json.dumps(lines(run, stage)) == json.dumps(lines(plain_run, stage))
+    other, run2 = fresh("run.seed=101")
+    ppo.run(other, run2)
+    assert lines(run2) != lines(plain_run)
+
+
+def test_a_new_run_replaces_an_old_one(plain_run):
+    before = lines(plain_run)
+    ppo.run(tiny.config(plain_run.path), plain_run)
+    assert lines(plain_run) == before
+
+
+# --- micro-batches ---
+
+
+@pytest.mark.parametrize("inference", ["exact", "adversarial"])
+def test_gradients_do_not_depend_on_the_micro_batches(fresh, monkeypatch, inference):
+    """The gradients of one iteration, of policy and critic, in float64, in 1 and in many pieces."""
+
+    def gradients(budget):
+        config, run = fresh(
+            f"trainer.tokens_per_microbatch={budget}",
+            f"groups.inference={inference}",
+            "ppo.minibatches=1",
+            "ppo.ppo_epochs=1",
+            "ppo.entropy_coef=0.01",
+        )
+        t = ppo.Setup.of(config, run)
+        for model in (t.policy, t.reference, t.critic, t.scorer.model):
+            model.double()
+        found = {}
+
+        def keep(name, optimiser):
+            def step(_):
+                found[name] = torch.cat([p.grad.flatten() for p in optimiser.params])
+                return found[name].norm()
+
+            return step
+
+        t.policy_optimizer.step = keep("policy", t.policy_optimizer)
+        t.critic_optimizer.step = keep("critic", t.critic_optimizer)
+        metrics = ppo.iteration(t, 0)
+        return found, metrics
+
+    whole, metrics = gradients(100000)
+    pieces, metrics_of_pieces = gradients(60)  # 3 or 4 sequences at a time
+    for name in whole:
+        assert whole[name].norm() > 0
+        error = (pieces[name] - whole[name]).norm() / whole[name].norm()
+        assert error < 1e-6, (name, error)
+    for name, value in metrics.items():
+        if not name.startswith(("timing", "perf")):
+            assert metrics_of_pieces[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+# --- ablations: one override each, and each is exactly what it says ---
+
+
+def comparable(run):
+    """The policy's side of a run; what groups report of themselves is not compared."""
+    kept = ("objective/", "policy/", "domain/", "rollout/", "eval/gold", "eval/kl")
+    return [
+        {k: v for k, v in line.items() if k.startswith(kept)}
+        for stage in ("ppo", "eval")
+        for line in lines(run, stage)
+    ]
+
+
+def ran(fresh, *overrides):
+    config, run = fresh(*overrides)
+    ppo.run(config, run)
+    return run
+
+
+def test_inference_none_is_plain_ppo_whatever_else_is_set(fresh):
+    plain = comparable(ran(fresh, "groups.inference=none"))
+    assert plain == comparable(
+        ran(fresh, "groups.inference=none", "groups.beta=7", "kl.adaptive=false")
+    )
+    # groups that nothing looks at change nothing
+    assert plain == comparable(
+        ran(fresh, "groups.inference=random", "groups.beta=0", "kl.adaptive=false")
+    )
+    assert plain == comparable(ran(fresh, "groups.inference=oracle", "groups.beta=0", "kl.floor=1"))
+
+
+def test_beta_zero_leaves_adaptive_kl_and_the_other_way_round(fresh):
+    weights_off = lines(ran(fresh, "groups.beta=0"))
+    assert all(line["group/0/weight"] == line["group/1/weight"] == 1 for line in weights_off)
+    assert any(line["objective/kl_coef"] != 0.3 for line in weights_off)
+    kl_off = lines(ran(fresh, "kl.adaptive=false"))
+    assert all(line["objective/kl_coef"] == pytest.approx(0.3) for line in kl_off)
+    assert any(line["group/0/weight"] != 1 for line in kl_off)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["groups.inference=adversarial", "groups.form=uniform"],
+        ["groups.inference=exact", "groups.num_groups=8"],
+        ["groups.performance=over_reference", "groups.on=response", "groups.returns=penalised"],
+        ["groups.performance=quantile", "kl.estimator=exact"],
+        ["groups.objective=group_dro", "kl.controller=true"],
+        ["groups.objective=cvar", "ppo.kl_in_loss=true", "kl.estimator=k3"],
+        ["groups.objective=sequence_variance", "ppo.norm=group", "ppo.dual_clip=3"],
+        ["model.dtype=bfloat16", "rollout.logprob_bound=0.5", "model.gradient_checkpointing=true"],
+        ["rollout.temperature=0.7", "ppo.value_clip=0", "reward.normalise=meanstd"],
+        ["ppo.advantages=group_norm", "ppo.samples_per_prompt=4", "ppo.prompts_per_step=8"],
+        ["ppo.advantages=leave_one_out", "ppo.samples_per_prompt=2", "groups.inference=none"],
+    ],
+    ids=lambda o: ",".join(x.split(".")[-1] for x in o),
+)
+def test_every_switch_runs(fresh, overrides):
+    done = lines(ran(fresh, "ppo.steps=2", "eval.every=0", *overrides))
+    assert len(done) == 2
+    for line in done:
+        assert not [k for k, v in line.items() if v is None], line
+        assert line["policy/grad_norm"] > 0
+
+
+# --- without a critic ---
+
+
+def test_critic_free_advantages(fresh):
+    """Against the formulas, with the KL penalty inside the return."""
+    mask = torch.arange(5) < torch.tensor([[5], [3], [4], [1]])
+    logprobs, ref = torch.randn(4, 5), torch.randn(4, 5)
+    scores, eta = torch.randn(4), torch.rand(4)
+    probs = torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 0]])
+    kl = ((logprobs - ref) * mask).sum(1)
+    total = scores - eta * kl
+    seen = experience.Forward(logprobs, logprobs, ref, None, None, None)
+
+    def advantages(*overrides):
+        config, _ = fresh("ppo.samples_per_prompt=2", *overrides)
+        return experience.estimate(config, seen, scores, mask, eta, probs, 2).advantages
+
+    pairs = total.view(2, 2)
+    want = ((pairs - pairs.mean(1, keepdim=True)) / (pairs.std(1, keepdim=True) + 1e-6)).view(4)
+    got = advantages("ppo.advantages=group_norm")
+    torch.testing.assert_close(got, want[:, None] * mask)
+    got = advantages("ppo.advantages=leave_one_out")
+    torch.testing.assert_close(got, (pairs - pairs.flip(1)).view(4, 1) * mask)
+    got = advantages("ppo.advantages=group_norm", "ppo.norm=group")
+    easy = total[[0, 1, 3]]
+    want = torch.zeros(4)
+    want[[0, 1, 3]] = (easy - easy.mean()) / (easy.std() + 1e-6)  # a group of one gets 0
+    torch.testing.assert_close(got, want[:, None] * mask)
+
+
+def test_no_critic_is_made_where_nothing_needs_it(fresh):
+    options = ["ppo.advantages=group_norm", "ppo.samples_per_prompt=2"]
+    config, run = fresh(*options, "groups.inference=none")
+    assert ppo.Setup.of(config, run).critic is None
+    config, run = fresh(*options)
+    assert ppo.Setup.of(config, run).critic is not None  # the head lives on it
+
+
+# --- rollouts must be the policy's ---
+
+
+def test_wrong_rollout_logprobs_stop_the_run(fresh, monkeypatch):
+    config, run = fresh()
+    t = ppo.Setup.of(config, run)
+    with torch.no_grad():
+        stale = ppo.models.frozen_copy(t.policy)
+        for p in stale.parameters():
+            p.mul_(1.05)
+    monkeypatch.setattr(t.engine, "sync", lambda policy: None)
+    t.engine.policy = stale
+    with pytest.raises(LogprobMismatch, match=r"logprob_bound=0.001: .* differ by up to"):
+        ppo.iteration(t, 0)
+
+
+def test_final_table(plain_run):
+    from rich.console import Console
+
+    from trainer.metrics import final_table
+
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(final_table({"group-invariant": plain_run, "ppo": plain_run}))
+    text = console.export_text()
+    assert all(word in text for word in ("SFT", "group-invariant", "ppo", "worst domain", "copy"))

@@ -1,0 +1,109 @@
+"""Sampling: the policy's own distribution, its log-probabilities, EOS, batching."""
+
+import pytest
+import torch
+
+from trainer import models, parallel
+from trainer.batching import forward_all
+from trainer.rollout import LogprobMismatch, check_logprobs, make_engine
+from trainer.rollout.hf import draw
+
+
+@pytest.fixture
+def setup(fresh):
+    def make(*overrides):
+        config, run = fresh(*overrides)
+        source = str(run.model("sft"))
+        tokenizer = models.load_tokenizer(source, config)
+        policy = models.load_policy(source, config)
+        engine = make_engine(config, tokenizer)
+        engine.sync(policy)
+        return config, tokenizer, policy, engine
+
+    return make
+
+
+PROMPTS = [[5, 6, 11, 12, 13, 3], [7, 5, 14, 11, 3], [5, 8, 11, 12, 13, 14, 15, 3], [5, 6, 12, 3]]
+
+
+def generate(engine, samples=3, seed=0):
+    return engine.generate(PROMPTS, samples, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_those_of_the_policy(setup, temperature):
+    _, _, policy, engine = setup(f"rollout.temperature={temperature}")
+    rollout = generate(engine)
+    (ours,) = forward_all(lambda b: (policy(b, temperature).logprobs,), rollout.sequences, 50)
+    assert check_logprobs(rollout, ours, 1e-4) < 1e-4
+    # and by the plainest code there is
+    s = rollout.sequences
+    for i in (0, 4, 11):
+        start, end = int(s.prompt_lengths[i]), int(s.lengths[i])
+        z = policy.model(s.tokens[i : i + 1, :end]).logits[0].float() / temperature
+        want = z.log_softmax(-1)[torch.arange(start - 1, end - 1), s.tokens[i, start:end]]
+        torch.testing.assert_close(rollout.logprobs[i, : end - start], want, atol=1e-4, rtol=0)
+
+
+def test_batching_is_no_part_of_the_result(setup):
+    one = generate(setup("rollout.batch=512")[3])
+    many = generate(setup("rollout.batch=3")[3])
+    assert torch.equal(one.sequences.tokens, many.sequences.tokens)
+    torch.testing.assert_close(one.logprobs, many.logprobs, atol=1e-5, rtol=0)
+
+
+def test_prompts_keep_their_rows_and_seeds_their_answers(setup):
+    engine = setup()[3]
+    rollout = generate(engine)
+    s = rollout.sequences
+    for i, prompt in enumerate(PROMPTS):
+        for k in range(3):
+            assert s.tokens[3 * i + k, : s.prompt_lengths[3 * i + k]].tolist() == prompt
+    assert torch.equal(s.tokens, generate(engine).sequences.tokens)
+    other = generate(engine, seed=1).sequences
+    assert s.answers() != other.answers()
+
+
+def test_answers_end_at_eos_or_are_truncated(setup):
+    _, tokenizer, _, engine = setup("rollout.max_new_tokens=4")
+    rollout = generate(engine, samples=40)
+    for answer, truncated in zip(rollout.sequences.answers(), rollout.truncated.tolist()):
+        assert 1 <= len(answer) <= 4
+        assert (tokenizer.eos_token_id in answer) == (not truncated)
+        assert tokenizer.eos_token_id not in answer[:-1]
+        if truncated:
+            assert len(answer) == 4
+    assert 0 < rollout.truncated.sum() < len(rollout.truncated)
+
+
+def test_draw_is_the_distribution():
+    torch.manual_seed(0)
+    z = torch.tensor([1.0, -torch.inf, 0.0, 2.0, -3.0])
+    uniform = 1 - torch.rand(200_000)
+    token, logprob = draw(z.expand(len(uniform), 5), uniform)
+    share = torch.bincount(token, minlength=5) / len(token)
+    torch.testing.assert_close(share, z.softmax(0), atol=4e-3, rtol=0)
+    assert share[1] == 0  # what has no probability is never drawn, at u = 1 and near 0 either
+    edge, _ = draw(z.flip(0).expand(2, 5), torch.tensor([1.0, 1e-12]))
+    assert edge.tolist() == [4, 0]
+    torch.testing.assert_close(logprob, z.log_softmax(0)[token])
+
+
+def test_check_logprobs_says_where_and_counts_nan(setup):
+    rollout = generate(setup()[3])
+    mask = rollout.sequences.mask
+    wrong = rollout.logprobs.clone()
+    wrong[~mask] = torch.nan  # padding is not compared
+    assert check_logprobs(rollout, wrong, 1e-6) == 0
+    wrong[2, 0] += 0.5
+    with pytest.raises(LogprobMismatch, match=r"answer 2, token 0"):
+        check_logprobs(rollout, wrong, 0.1)
+    wrong[2, 0] = torch.nan
+    with pytest.raises(LogprobMismatch):
+        check_logprobs(rollout, wrong, 0.1)
+
+
+def test_generators_depend_on_names_alone():
+    a = torch.rand(3, generator=parallel.generator(1, "rollout", 5))
+    assert torch.equal(a, torch.rand(3, generator=parallel.generator(1, "rollout", 5)))
+    assert not torch.equal(a, torch.rand(3, generator=parallel.generator(1, "rollout", 6)))

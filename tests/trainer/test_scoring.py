@@ -1,0 +1,114 @@
+"""Rewards: functions and what they may do wrong, several with weights, running normalisation."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.trainer import tiny
+from trainer import models
+from trainer.batching import Sequences
+from trainer.scoring import Normaliser, RewardError, Scorer, check_functions
+
+REWARDS = """
+import torch
+def length(prompts, answers, meta): return [float(len(a.split())) for a in answers]
+def weight(prompts, answers, meta): return torch.tensor([m["w"] for m in meta])
+def raises(prompts, answers, meta): return 1 / 0
+def one(prompts, answers, meta): return [1.0]
+def number(prompts, answers, meta): return 1.0
+def words(prompts, answers, meta): return ["good"] * len(answers)
+def nan(prompts, answers, meta): return [float("nan")] * len(answers)
+constant = 3
+"""
+
+
+@pytest.fixture
+def rewards(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("my_rewards", None)
+
+
+PROMPTS = [SimpleNamespace(text=f"prompt {i}", meta={"w": i}, ids=[5], domain=None) for i in (1, 2)]
+SEQUENCES = Sequences.of([[5, 6, 11, 12, 3]] * 2, [[11, 12, 1], [12, 1]], 0)
+
+
+def scorer(*overrides, model=None):
+    config = tiny.config("unused", "reward.model_weight=0", "model.critic=policy", *overrides)
+    tokenizer = models.load_tokenizer("toy", config)
+    return Scorer(config, tokenizer, model)
+
+
+def test_several_functions_with_weights(rewards):
+    score = scorer(
+        "reward.functions=[{function: 'my_rewards:length', weight: 2.0},"
+        " {function: 'my_rewards:weight', name: mine}]",
+        "reward.truncated_penalty=0.5",
+    )
+    out = score(PROMPTS, SEQUENCES, torch.tensor([False, True]))
+    assert out["length"].tolist() == [2, 1] and out["mine"].tolist() == [1, 2]
+    assert out["total"].tolist() == [2 * 2 + 1, 2 * 1 + 2 - 0.5]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("raises", "my_rewards:raises raised ZeroDivisionError: division by zero"),
+        ("one", r"returned shape \(1,\), want 2 numbers"),
+        ("number", r"returned shape \(\), want 2 numbers"),
+        ("words", "returned list, want 2 numbers"),
+        ("nan", "returned nan"),
+        ("missing", "cannot import my_rewards:missing: AttributeError"),
+        ("constant", "is a int, want a function"),
+    ],
+)
+def test_bad_functions_are_one_clear_line(rewards, name, message):
+    config = tiny.config(
+        "unused",
+        "reward.model_weight=0",
+        "model.critic=policy",
+        f"reward.functions=[{{function: 'my_rewards:{name}'}}]",
+    )
+    with pytest.raises(RewardError, match=rf"reward.functions\[0\]: .*{message}") as error:
+        check_functions(config, PROMPTS)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_module(rewards):
+    with pytest.raises(RewardError, match="cannot import no_such_module:f: ModuleNotFoundError"):
+        scorer("reward.functions=[{function: 'no_such_module:f'}]")
+
+
+def test_running_std_is_that_of_all_scores_so_far():
+    normalise = Normaliser(tiny.config("unused", "reward.clip=0"))
+    batches = [torch.randn(n) * 3 + 7 for n in (5, 1, 30)]
+    for batch in batches:
+        normalise.observe(batch)
+    std = torch.cat(batches).std()
+    torch.testing.assert_close(normalise(batches[0]), batches[0] / std)
+    normalise.config = tiny.config("unused", "reward.clip=0.5", "reward.normalise=meanstd")
+    want = ((batches[2] - torch.cat(batches).mean()) / std).clamp(-0.5, 0.5)
+    torch.testing.assert_close(normalise(batches[2]), want)
+    again = Normaliser(normalise.config)
+    again.load_state_dict(normalise.state_dict())
+    torch.testing.assert_close(again(batches[2]), want)
+    normalise.config = tiny.config("unused", "reward.clip=0", "reward.normalise=none")
+    assert torch.equal(normalise(batches[2]), batches[2])
+
+
+def test_a_reward_model_with_its_own_tokens(base):
+    """Translated through text: the same scores as when it reads the policy's ids."""
+    config = tiny.config("unused")
+    tokenizer = models.load_tokenizer("toy", config)
+    reward, own = models.load_scoring_model(config, base)
+    truncated = torch.zeros(2, dtype=torch.bool)
+    direct = Scorer(config, tokenizer, reward, own)
+    want = direct(PROMPTS, SEQUENCES, truncated)["total"]
+    assert direct.model_tokenizer is None
+    through_text = Scorer(config, tokenizer, reward, own)
+    through_text.model_tokenizer = own  # as if its vocabulary were another
+    got = through_text(PROMPTS, SEQUENCES, truncated)["total"]
+    torch.testing.assert_close(got, want)

@@ -1,0 +1,57 @@
+"""AdamW with a warm-up, gradient clipping, and decay on matrices only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class Optimizer:
+    """The learning rate is a function of the step alone, so there is no scheduler to save."""
+
+    def __init__(
+        self,
+        groups: list[tuple[float, Iterable[nn.Parameter]]],  # learning rate, parameters
+        *,
+        weight_decay: float = 0.0,
+        grad_clip: float = 1.0,
+        warmup: int = 0,
+        decay_until: int = 0,  # cosine to a tenth at this step; 0: constant
+    ) -> None:
+        options = []
+        for lr, params in groups:
+            params = [p for p in params if p.requires_grad]
+            matrices = [p for p in params if p.dim() > 1]
+            others = [p for p in params if p.dim() <= 1]
+            options.append({"params": matrices, "peak": lr, "weight_decay": weight_decay})
+            options.append({"params": others, "peak": lr, "weight_decay": 0.0})
+        options = [each for each in options if each["params"]]
+        self.params = [p for each in options for p in each["params"]]
+        self.adamw = torch.optim.AdamW(options, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        self.grad_clip, self.warmup, self.decay_until = grad_clip, warmup, decay_until
+
+    def step(self, step: int) -> Tensor:
+        """Clip, update, forget the gradients; returns the gradient's norm before clipping."""
+        norm = nn.utils.clip_grad_norm_(self.params, self.grad_clip or float("inf"))
+        for each in self.adamw.param_groups:
+            each["lr"] = each["peak"] * self.factor(step)
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def factor(self, step: int) -> float:
+        """Share of the peak learning rate at a step, counted from 0."""
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        if not self.decay_until:
+            return rise
+        done = min(1.0, step / self.decay_until)
+        return rise * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
+
+    def state_dict(self) -> dict:
+        return self.adamw.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.adamw.load_state_dict(state)

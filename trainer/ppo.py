@@ -1,0 +1,409 @@
+"""Stage 3, group-invariant PPO. Read this first: one iteration is `iteration`, top to bottom.
+
+    rollouts -> scores -> models' view -> groups -> experience -> critic and head -> policy
+
+What it adds to textbook PPO (arXiv 2310.11971; METHODS A): groups of easy and hard sequences, found
+without labels; a KL coefficient for each sequence, relaxed where it is hard; a weight on each
+sequence's advantage, which evens out the groups' returns. `groups.inference=none` is plain PPO,
+`groups.beta=0` drops the weights, `kl.adaptive=false` the KL coefficients.
+
+What it leaves out: importance sampling for stale rollouts (there are none), value normalisation,
+adaptive learning rates. S sequences (prompts x samples), T padded answer tokens, M groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import gikernels
+from trainer import baselines, models, parallel
+from trainer.batching import Sequences, batch_indices, forward_all, minibatches
+from trainer.checkpoint import TrainState
+from trainer.data import Prompt, load_prompts
+from trainer.evaluate import Evaluator, Judge, by_label, few_of_each_domain, make_judge
+from trainer.experience import estimate, explained_variance, forward_models
+from trainer.invariance import Groups, performance
+from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, final_table, progress, say
+from trainer.models import Critic, Policy
+from trainer.optim import Optimizer
+from trainer.rollout import Engine, check_logprobs, make_engine
+from trainer.scoring import Normaliser, Scorer
+
+
+def run(config, run: RunFolder, resume: bool = False) -> None:
+    with baselines.running(config, run):
+        train(config, run)
+    compared = {_title(config): run, **{n: run.baseline(n) for n in config.baselines}}
+    if table := final_table(compared):
+        say(table)
+
+
+def train(config, run: RunFolder) -> None:
+    t = Setup.of(config, run)
+    log = MetricsLog(run, ("ppo", "eval"), t.state.step, config.trainer.log)
+    say(f"ppo    {t.groups.describe()}")
+    if t.state.step == 0:
+        t.engine.sync(t.policy)
+        metrics, _ = t.evaluator(t.policy)
+        log.write("eval", 0, metrics, policy="sft")
+    with progress("ppo", config.ppo.steps, t.state.step, config.trainer.progress) as show:
+        while t.state.step < config.ppo.steps:
+            metrics = iteration(t, t.state.step)
+            t.state.step += 1
+            log.write("ppo", t.state.step, metrics)
+            show(headline(metrics))
+            last = t.state.step == config.ppo.steps
+            if last or (config.eval.every and t.state.step % config.eval.every == 0):
+                metrics, samples = t.evaluator(t.policy, t.critic, t.groups)
+                log.write("eval", t.state.step, metrics, policy="policy")
+                few = few_of_each_domain(samples, config.eval.final_samples)
+                log.write_samples("eval", t.state.step, samples if last else few)
+    t.policy.save(run.model("policy"), t.tokenizer)
+    log.close()
+
+
+def iteration(t: Setup, step: int) -> dict[str, float]:
+    config, timer = t.config, Timer()
+    samples = config.ppo.samples_per_prompt
+
+    with timer("rollout"):
+        chosen = batch_indices(
+            len(t.prompts), config.ppo.prompts_per_step, step, config.run.seed, "ppo"
+        )
+        unique = [t.prompts[i] for i in chosen]
+        t.engine.sync(t.policy)
+        rollout = t.engine.generate(
+            [p.ids for p in unique], samples, parallel.generator(config.run.seed, "rollout", step)
+        )
+        sequences, mask = rollout.sequences, rollout.sequences.mask
+        prompts = [p for p in unique for _ in range(samples)]  # one a sequence
+
+    with timer("score"):
+        raw = t.scorer(prompts, sequences, rollout.truncated)
+        t.normaliser.observe(raw["total"])
+        scores = t.normaliser(raw["total"])
+
+    with timer("forward"):
+        forward = forward_models(config, t.policy, t.reference, t.critic, sequences)
+        mismatch = check_logprobs(rollout, forward.logprobs, config.rollout.logprob_bound)
+
+    with timer("experience"):
+        probs = t.groups.probs(forward.group_logits, prompts)
+        kl_coef = t.groups.kl_coefs(probs)
+        exp = estimate(config, forward, scores, mask, kl_coef, probs, samples)
+        returns = performance(
+            config.groups.performance,
+            scores,
+            raw["total"],
+            t.reference_scores[chosen].repeat_interleave(samples, 0)
+            if t.reference_scores is not None
+            else None,
+            t.normaliser.scale,
+        )
+        if config.groups.returns == "penalised":
+            returns = returns - kl_coef * exp.seq_kl
+        t.groups.observe(probs, returns)
+        labels = t.groups.labels(returns)
+
+    updates = Averages()
+    with timer("critic"):  # stage 1: the policy stands still, critic and head learn
+        if t.critic is not None:
+            train_critic(
+                t, step, sequences, mask, forward.values, exp.returns, returns, labels, updates
+            )
+
+    with timer("policy"):  # stage 2: the groups stand still, the policy learns
+        after = probs
+        if t.groups.has_head and t.groups.needs_probs_again:
+            after = t.groups.probs(t.group_logits(sequences), prompts)
+        weights = t.groups.weights(after, returns)
+        if step >= config.ppo.critic_warmup_steps:
+            advantages = exp.advantages * weights.unsqueeze(1)
+            train_policy(t, step, sequences, mask, forward, advantages, kl_coef, updates)
+    t.groups.control(probs, exp.seq_kl)
+
+    with timer("metrics"):
+        metrics = updates.means()
+        metrics |= {
+            "objective/scores": mean(raw["total"]),
+            "objective/rlhf_reward": mean(scores - kl_coef * exp.seq_kl),
+            "objective/kl": mean(exp.seq_kl),
+            "objective/kl_coef": mean(kl_coef),
+            "objective/entropy": token_mean(forward.entropy, mask),
+            "rollout/length": mean(sequences.answer_lengths),
+            "rollout/truncated": mean(rollout.truncated),
+            "rollout/logprob_diff_max": mismatch,
+        }
+        metrics |= {f"reward/{name}": mean(part) for name, part in raw.items() if name != "total"}
+        if config.ppo.has_critic:
+            metrics["value/explained_var"] = explained_variance(forward.values, exp.returns, mask)
+        metrics |= t.groups.metrics(after, returns, raw["total"], exp.seq_kl, kl_coef, weights)
+        columns = {"score": raw["total"]}
+        if t.judge is not None:
+            columns["gold"] = t.judge(prompts, sequences)
+        metrics |= by_label(columns, [p.domain for p in prompts], "domain")
+    return metrics | timer.metrics(int(parallel.all_sum(sequences.lengths.sum())))
+
+
+def train_critic(
+    t: Setup,
+    step: int,
+    sequences: Sequences,
+    mask: Tensor,  # (S, T)
+    old_values: Tensor,  # (S, T)
+    returns: Tensor,  # (S, T) what the values should be
+    group_returns: Tensor,  # (S) R_i
+    labels: Tensor | None,  # (S) the exact partition
+    updates: Averages,
+) -> None:
+    """Clipped value loss, and beside it the loss of the head that predicts the groups."""
+    config = t.config
+    t.critic.train()
+    for epoch in range(config.ppo.ppo_epochs):
+        shuffle = parallel.generator(config.run.seed, "critic", step, epoch)
+        for chosen in minibatches(len(sequences), config.ppo.minibatches, shuffle):
+            batch = sequences.rows(chosen)
+            denom = parallel.all_sum(mask[chosen].sum())
+            head_loss = None
+            if t.groups.has_head:
+                head_loss = t.groups.head_loss(
+                    labels[chosen] if labels is not None else None,
+                    group_returns[chosen],
+                    lambda batch=batch: t.group_logits(batch),
+                )
+            for rows in batch.micro_batches(config.trainer.tokens_per_microbatch):
+                here = chosen[rows]
+                with parallel.autocast(config.model.dtype):
+                    values, logits = t.critic(batch.rows(rows))
+                width = values.shape[1]
+                loss, figures = gikernels.value_loss(
+                    values,
+                    old_values[here, :width],
+                    returns[here, :width],
+                    mask[here, :width],
+                    denom=denom,
+                    clip=config.ppo.value_clip or None,
+                )
+                if not config.ppo.has_critic:  # the head alone
+                    loss = loss * 0
+                updates.add("value", {"loss": loss, "clipfrac": figures["clipfrac"]})
+                if head_loss is not None:
+                    head = head_loss(logits, rows)
+                    updates.add("value", {"head_loss": head})
+                    loss = loss + head
+                loss.backward()
+            updates.add(
+                "value", {"grad_norm": t.critic_optimizer.step(step) / parallel.world_size()}
+            )
+            updates.update("value")
+    t.critic.eval()
+
+
+def train_policy(
+    t: Setup,
+    step: int,
+    sequences: Sequences,
+    mask: Tensor,  # (S, T)
+    forward,
+    advantages: Tensor,  # (S, T), weighted
+    kl_coef: Tensor,  # (S)
+    updates: Averages,
+) -> None:
+    """The clipped surrogate; sums over micro-batches and ranks with one global denominator."""
+    config = t.config
+    t.policy.train()
+    for epoch in range(config.ppo.ppo_epochs):
+        shuffle = parallel.generator(config.run.seed, "policy", step, epoch)
+        for chosen in minibatches(len(sequences), config.ppo.minibatches, shuffle):
+            batch = sequences.rows(chosen)
+            denom = parallel.all_sum(mask[chosen].sum())
+            for rows in batch.micro_batches(config.trainer.tokens_per_microbatch):
+                here = chosen[rows]
+                with parallel.autocast(config.model.dtype):
+                    stats = t.policy(batch.rows(rows), config.rollout.temperature)
+                width = stats.logprobs.shape[1]
+                real = mask[here, :width]
+                loss, figures = gikernels.ppo_loss(
+                    stats.logprobs,
+                    forward.logprobs[here, :width],
+                    advantages[here, :width],
+                    real,
+                    denom=denom,
+                    clip_low=config.ppo.clip_low,
+                    clip_high=config.ppo.clip_high,
+                    dual_clip=config.ppo.dual_clip or None,
+                )
+                if config.ppo.entropy_coef:
+                    loss = loss - config.ppo.entropy_coef * (stats.entropy * real).sum() / denom
+                if config.ppo.kl_in_loss:
+                    loss = (
+                        loss
+                        + kl_loss(
+                            config,
+                            stats.logprobs,
+                            forward.ref_logprobs[here, :width],
+                            kl_coef[here],
+                            real,
+                        )
+                        / denom
+                    )
+                updates.add("policy", {"loss": loss, **figures})
+                loss.backward()
+            updates.add(
+                "policy", {"grad_norm": t.policy_optimizer.step(step) / parallel.world_size()}
+            )
+            updates.update("policy")
+    t.policy.eval()
+
+
+def kl_loss(config, logprobs: Tensor, ref_logprobs: Tensor, kl_coef: Tensor, mask: Tensor):
+    """Sum of eta_i * KL_it, differentiable; k3, because k1's gradient is zero in expectation."""
+    estimator = "k3" if config.kl.estimator in ("k1", "exact") else config.kl.estimator
+    each = torch.arange(len(kl_coef), device=kl_coef.device, dtype=torch.int32)
+    cost = gikernels.kl_penalty(logprobs, ref_logprobs, kl_coef, each, estimator=estimator)
+    return (cost * mask).sum()
+
+
+# --- what an iteration works with ---------------------------------------------------------------
+
+
+@dataclass
+class Setup:
+    config: object
+    tokenizer: object
+    prompts: list[Prompt]
+    policy: Policy
+    reference: Policy
+    critic: Critic | None
+    policy_optimizer: Optimizer
+    critic_optimizer: Optimizer | None
+    engine: Engine
+    scorer: Scorer
+    normaliser: Normaliser
+    groups: Groups
+    evaluator: Evaluator
+    judge: Judge | None
+    reference_scores: Tensor | None  # (prompts, k) where performance is over the reference's
+    state: TrainState
+
+    @staticmethod
+    def of(config, run: RunFolder) -> Setup:
+        source = models.policy_source(config, run)
+        tokenizer = models.load_tokenizer(source, config)
+        prompts = load_prompts(config, "train", tokenizer)
+        policy = models.load_policy(source, config)
+        reference = models.frozen_copy(policy)
+        reward, reward_tokenizer = models.load_scoring_model(config, run)
+        groups = Groups(config, prompts)
+        critic = models.make_critic(config, policy, reward, groups)
+        options = {
+            "weight_decay": config.ppo.weight_decay,
+            "grad_clip": config.ppo.grad_clip,
+            "warmup": config.ppo.warmup,
+        }
+        policy_optimizer = Optimizer([(config.ppo.lr, policy.parameters())], **options)
+        critic_optimizer = None
+        if critic is not None:
+            critic_optimizer = Optimizer(
+                [
+                    (
+                        config.ppo.critic_lr,
+                        [*critic.body.parameters(), *critic.value_head.parameters()],
+                    ),
+                    (config.groups.head_lr, critic.group_head.parameters()),
+                ],
+                **options,
+            )
+        engine = make_engine(config, tokenizer)
+        scorer = Scorer(config, tokenizer, reward, reward_tokenizer)
+        normaliser = Normaliser(config)
+        state = TrainState(
+            {"policy": policy, "critic": critic},
+            {"policy": policy_optimizer, "critic": critic_optimizer},
+            {"normaliser": normaliser, "groups": groups},
+        )
+        return Setup(
+            config=config,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            policy=policy.eval(),
+            reference=reference,
+            critic=critic,
+            policy_optimizer=policy_optimizer,
+            critic_optimizer=critic_optimizer,
+            engine=engine,
+            scorer=scorer,
+            normaliser=normaliser,
+            groups=groups,
+            evaluator=Evaluator(config, tokenizer, engine, scorer, reference),
+            judge=make_judge(config, config.data.prompts),
+            reference_scores=score_reference(config, prompts, reference, engine, scorer),
+            state=state,
+        )
+
+    def group_logits(self, sequences: Sequences) -> Tensor:
+        """(S, M) of the head as it is now, without gradients."""
+        with parallel.autocast(self.config.model.dtype):
+            budget = self.config.trainer.tokens_per_microbatch
+            return forward_all(self.critic, sequences, budget)[1]
+
+
+def score_reference(
+    config, prompts: list[Prompt], reference: Policy, engine: Engine, scorer: Scorer
+) -> Tensor | None:
+    """(prompts, k) raw scores of k answers of the reference policy to each prompt that this run
+    will meet; sampled once, before training, when the engine's weights are the reference's."""
+    settings, ppo = config.groups, config.ppo
+    if not settings.active or settings.performance not in ("over_reference", "quantile"):
+        return None
+    k = settings.reference_answers
+    met = sorted(
+        {
+            i
+            for step in range(ppo.steps)
+            for i in batch_indices(len(prompts), ppo.prompts_per_step, step, config.run.seed, "ppo")
+        }
+    )
+    out = torch.full((len(prompts), k), torch.nan, device=parallel.device())
+    engine.sync(reference)
+    size = max(1, config.rollout.batch // k)
+    for start in range(0, len(met), size):
+        here = met[start : start + size]
+        some = [prompts[i] for i in here]
+        rollout = engine.generate(
+            [p.ids for p in some], k, parallel.generator(config.run.seed, "reference", start)
+        )
+        repeated = [p for p in some for _ in range(k)]
+        scores = scorer(repeated, rollout.sequences, rollout.truncated)["total"]
+        out[torch.tensor(here, device=out.device)] = scores.view(-1, k)
+    return out
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def mean(x: Tensor) -> float:
+    total, count = parallel.all_sum([x.double().sum(), x.new_tensor(len(x)).double()])
+    return float(total / count)
+
+
+def token_mean(x: Tensor, mask: Tensor) -> float:
+    total, count = parallel.all_sum([x[mask].double().sum(), mask.sum().double()])
+    return float(total / count)
+
+
+def headline(metrics: dict[str, float]) -> dict[str, float]:
+    names = {
+        "score": "objective/scores",
+        "kl": "objective/kl",
+        "worst group": "group/worst",
+        "gap": "group/gap",
+    }
+    return {short: metrics[name] for short, name in names.items()}
+
+
+def _title(config) -> str:
+    return "group-invariant" if config.groups.active else "PPO"

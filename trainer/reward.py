@@ -1,0 +1,180 @@
+"""Stage 2, the reward model: Bradley-Terry on pairs, with cheap switches (METHODS C).
+
+    loss = -log sigma(r_chosen - r_rejected - margin)                    label smoothing optional
+           + centring * mean((r_chosen + r_rejected)^2)                  keeps scores around 0
+           + rating * mean((r - rating)^2)                               where ratings exist
+
+The last term is what makes scores of different prompts comparable: pairs alone leave an arbitrary
+offset for each prompt, and groups of such scores are noise (METHODS A.2).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import gikernels
+from trainer import models, parallel
+from trainer.batching import Sequences, batch_indices, forward_all, micro_batches
+from trainer.checkpoint import TrainState
+from trainer.data import DataError, Pair, load_pairs
+from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, progress, say
+from trainer.optim import Optimizer
+from trainer.rollout import make_engine
+
+
+def run(config, run: RunFolder, resume: bool = False) -> None:
+    seed, settings = config.run.seed, config.rm
+    start = models.policy_source(config, run)
+    tokenizer = models.load_tokenizer(start, config)
+    if config.data.pairs == "toy":
+        pairs = toy_pairs(config, models.load_policy(start, config), tokenizer)
+    else:
+        pairs = load_pairs(config, tokenizer)
+    check_columns(settings, pairs)
+    pairs = [pairs[i] for i in batch_indices(len(pairs), len(pairs), 0, seed, "validation")]
+    held_out = int(len(pairs) * settings.validation)
+    pairs, validation = pairs[held_out:], pairs[:held_out]
+    model = models.load_reward_model(start, config, settings.head, tokenizer).train()
+    optimizer = Optimizer(
+        [(settings.lr, model.parameters())],
+        weight_decay=settings.weight_decay,
+        grad_clip=settings.grad_clip,
+        warmup=settings.warmup,
+        decay_until=settings.steps,
+    )
+    state = TrainState({"reward": model}, {"reward": optimizer})
+    log = MetricsLog(run, ("rm",), state.step, config.trainer.log)
+
+    with progress("rm", settings.steps, state.step, config.trainer.progress) as show:
+        while state.step < settings.steps:
+            timer, averages = Timer(), Averages()
+            batch = [pairs[i] for i in batch_indices(len(pairs), settings.batch, state.step, seed)]
+            with timer("train"):
+                total = parallel.all_sum(torch.tensor(float(len(batch))))
+                sequences = both_answers(batch, tokenizer.pad_token_id)
+                for rows in pair_batches(sequences, config.trainer.tokens_per_microbatch):
+                    both = sequences.rows(torch.cat([rows, rows + len(batch)]))
+                    with parallel.autocast(config.model.dtype):
+                        chosen, rejected = model(both).chunk(2)
+                    some = [batch[i] for i in rows.tolist()]
+                    loss, figures = pair_loss(settings, chosen, rejected, some)
+                    (loss * (len(some) / total)).backward()
+                    averages.add("rm", {k: v * len(some) / total for k, v in figures.items()})
+                averages.add(
+                    "rm", {"grad_norm": optimizer.step(state.step) / parallel.world_size()}
+                )
+                averages.update("rm")
+            state.step += 1
+            metrics = averages.means()
+            metrics["rm/lr"] = settings.lr * optimizer.factor(state.step - 1)
+            metrics.update(timer.metrics(int(parallel.all_sum(sequences.lengths.sum()))))
+            last = state.step == settings.steps
+            if validation and (last or state.step % max(1, settings.steps // 5) == 0):
+                metrics["rm/validation_accuracy"] = accuracy(config, model, validation, tokenizer)
+            log.write("rm", state.step, metrics)
+            show({"loss": metrics["rm/loss"], "accuracy": metrics["rm/accuracy"]})
+    if validation:
+        share = accuracy(config, model, validation, tokenizer)
+        say(f"rm     held-out pairs ordered rightly: {share:.1%} of {len(validation)}")
+    model.save(run.model("rm"), tokenizer)
+    log.close()
+
+
+def check_columns(settings, pairs: list[Pair]) -> None:
+    """What a switch needs has to be in the data."""
+    wanted = (
+        ("margin", settings.margin, ("margin",)),
+        ("rating", settings.rating, ("rating_chosen", "rating_rejected")),
+    )
+    for key, asked, columns in wanted:
+        for column in columns if asked else ():
+            missing = next((i for i, p in enumerate(pairs) if getattr(p, column) is None), None)
+            if missing is not None:
+                raise DataError(f"rm.{key}={asked}: pair {missing} of data.pairs has no {column}")
+
+
+def pair_loss(
+    settings, chosen: Tensor, rejected: Tensor, pairs: list[Pair]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean over these pairs, and its parts; chosen and rejected are (P)."""
+
+    def column(name: str) -> Tensor:
+        return torch.tensor([getattr(p, name) for p in pairs], device=chosen.device)
+
+    margin = column("margin") if settings.margin else None
+    loss = gikernels.preference_loss(
+        chosen, rejected, margin=margin, label_smoothing=settings.label_smoothing
+    )
+    figures = {
+        "pair_loss": loss.detach(),
+        "accuracy": (chosen > rejected).float().mean(),
+        "margin": (chosen - rejected).detach().mean(),
+        "score": (chosen + rejected).detach().mean() / 2,
+    }
+    if settings.centring:
+        loss = loss + settings.centring * (chosen + rejected).square().mean()
+    if settings.rating:
+        rating_loss = (
+            (chosen - column("rating_chosen")).square().mean()
+            + (rejected - column("rating_rejected")).square().mean()
+        ) / 2
+        figures["rating_loss"] = rating_loss.detach()
+        loss = loss + settings.rating * rating_loss
+    return loss, {"loss": loss.detach(), **figures}
+
+
+def both_answers(pairs: list[Pair], pad: int) -> Sequences:
+    """(2 P): all the chosen answers, then all the rejected ones, so that one forward sees both."""
+    prompts = [p.prompt_ids for p in pairs]
+    answers = [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
+    return Sequences.of(prompts + prompts, answers, pad)
+
+
+def pair_batches(sequences: Sequences, budget: int) -> list[Tensor]:
+    """Micro-batches of pair indices: a pair's two answers stay together."""
+    longer = sequences.lengths.view(2, -1).amax(0)
+    return micro_batches(2 * longer, budget)
+
+
+def accuracy(config, model: models.RewardModel, pairs: list[Pair], tokenizer) -> float:
+    sequences = both_answers(pairs, tokenizer.pad_token_id)
+    with parallel.autocast(config.model.dtype):
+        (scores,) = forward_all(
+            lambda batch: (model(batch),), sequences, config.trainer.tokens_per_microbatch
+        )
+    chosen, rejected = scores.chunk(2)
+    return float((chosen > rejected).float().mean())
+
+
+def toy_pairs(config, policy: models.Policy, tokenizer) -> list[Pair]:
+    """Best against worst of several answers of the SFT model, as an annotator of the toy world
+    rates them. Random pairs of these answers agree with gold in 3 of 4 cases, these in 19 of 20."""
+    from trainer.toy import World
+
+    world, seed = World(config.toy), config.run.seed
+    prompts = world.prompts(config.rm.pairs, "train", seed=seed)
+    engine = make_engine(config, tokenizer)
+    engine.sync(policy)
+    rollout = engine.generate(
+        [p.ids for p in prompts], config.rm.best_of, parallel.generator(seed, "pairs")
+    )
+    answers = rollout.sequences.answers()
+    pairs = []
+    for i, prompt in enumerate(prompts):
+        mine = answers[i * config.rm.best_of : (i + 1) * config.rm.best_of]
+        ratings = world.annotate(prompt.ids, mine, seed=seed)
+        best = max(range(len(mine)), key=ratings.__getitem__)
+        worst = min(range(len(mine)), key=ratings.__getitem__)
+        if mine[best] != mine[worst]:
+            pairs.append(
+                Pair(
+                    prompt_ids=prompt.ids,
+                    chosen_ids=mine[best],
+                    rejected_ids=mine[worst],
+                    margin=ratings[best] - ratings[worst],
+                    rating_chosen=ratings[best],
+                    rating_rejected=ratings[worst],
+                )
+            )
+    return pairs

@@ -1,0 +1,130 @@
+"""Sampling with a Hugging Face model and its key-value cache.
+
+`generate()` of transformers is not used: it takes sampling settings from the model's folder without
+a word (top-k 50, top-p, repetition penalties), which makes the log-probabilities those of another
+policy, and its per-token bookkeeping costs more than a small model's forward. This is 60 lines.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from trainer import parallel
+from trainer.batching import Sequences
+from trainer.models import Policy
+from trainer.rollout import Rollout
+
+
+class HuggingFaceEngine:
+    def __init__(self, config, tokenizer) -> None:
+        self.config, self.pad = config, tokenizer.pad_token_id
+        self.eos = {tokenizer.eos_token_id}
+        self.policy: Policy | None = None
+
+    def sync(self, policy: Policy) -> None:
+        """The weights are shared with the trainer: there is nothing to copy."""
+        self.policy = policy
+        named = policy.model.generation_config.eos_token_id if policy.model.can_generate() else None
+        self.eos |= set(named if isinstance(named, list) else [named]) - {None}
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[list[int]], samples: int, generator: torch.Generator
+    ) -> Rollout:
+        """Row i * samples + k is sample k of prompts[i].
+
+        All uniform numbers are drawn at once, on the CPU: how prompts are batched, and on which
+        device, is no part of the result (but for rounding).
+        """
+        assert self.policy is not None, "sync() a policy first"
+        limit = self.config.rollout.max_new_tokens
+        count = len(prompts) * samples
+        # in (0, 1]: a token of probability 0 is never drawn
+        uniform = (1 - torch.rand(count, limit, generator=generator)).to(parallel.device())
+        # Prompts of nearly equal length together: padding on the left is little.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        batch = max(1, self.config.rollout.batch // samples)
+        tokens = torch.full((count, limit), self.pad, device=uniform.device)
+        logprobs = uniform.new_zeros(count, limit)
+        for start in range(0, len(order), batch):
+            here = order[start : start + batch]
+            rows = torch.tensor([i * samples + k for i in here for k in range(samples)])
+            rows = rows.to(uniform.device)
+            with parallel.autocast(self.config.model.dtype):
+                out = self._sample([prompts[i] for i in here], samples, uniform[rows])
+            tokens[rows], logprobs[rows] = out
+        ended = torch.isin(tokens, torch.tensor(sorted(self.eos), device=tokens.device))
+        truncated = ~ended.any(1)
+        lengths = torch.where(truncated, limit, ended.int().argmax(1) + 1).tolist()
+        answers = [row[:length] for row, length in zip(tokens.tolist(), lengths)]
+        repeated = [prompt for prompt in prompts for _ in range(samples)]
+        sequences = Sequences.of(repeated, answers, self.pad, shared=samples > 1)
+        return Rollout(sequences, truncated, logprobs[:, : max(lengths)])
+
+    def _sample(
+        self, prompts: list[list[int]], samples: int, uniform: Tensor
+    ) -> tuple[Tensor, Tensor]:  # (rows, limit) tokens and their log-probabilities
+        policy, device = self.policy, uniform.device
+        longest = max(map(len, prompts))
+        inputs = torch.tensor([[self.pad] * (longest - len(p)) + p for p in prompts], device=device)
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        seen = torch.arange(longest, device=device) >= longest - lengths.unsqueeze(1)
+        positions = (seen.cumsum(1) - 1).clamp(min=0)
+        padded = bool((~seen).any())
+        cache = DynamicCache(config=policy.model.config)
+        # One prefill a prompt, whatever the number of samples.
+        hidden = self._forward(inputs, seen if padded else None, positions, cache)
+        if samples > 1:
+            cache.batch_repeat_interleave(samples)
+            hidden, seen = (x.repeat_interleave(samples, 0) for x in (hidden, seen))
+            lengths = lengths.repeat_interleave(samples)
+
+        tokens = torch.full(uniform.shape, self.pad, device=device)
+        logprobs = uniform.new_zeros(uniform.shape)
+        stops = torch.tensor(sorted(self.eos), device=device)
+        alive = torch.arange(len(uniform), device=device)  # rows that are still being computed
+        open_ = torch.ones(len(alive), dtype=torch.bool, device=device)  # of those, not yet ended
+        for step in range(uniform.shape[1]):
+            z = policy.logits(hidden) / self.config.rollout.temperature
+            token, logprob = draw(z, uniform[alive, step])
+            tokens[alive, step] = torch.where(open_, token, self.pad)
+            logprobs[alive, step] = logprob.masked_fill(~open_, 0)
+            open_ = open_ & ~torch.isin(token, stops)
+            left = int(open_.sum())
+            if left == 0 or step + 1 == uniform.shape[1]:
+                break
+            if left <= 0.75 * len(alive):  # copying the cache is worth it
+                keep = open_.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                alive, seen, lengths, token, open_ = (
+                    x[keep] for x in (alive, seen, lengths, token, open_)
+                )
+            seen = torch.cat([seen, seen.new_ones(len(seen), 1)], 1)
+            positions = (lengths + step).unsqueeze(1)
+            hidden = self._forward(token.unsqueeze(1), seen if padded else None, positions, cache)
+        return tokens, logprobs
+
+    def _forward(self, inputs: Tensor, seen: Tensor | None, positions: Tensor, cache) -> Tensor:
+        """Hidden state of the last token, (rows, D)."""
+        out = self.policy.model.base_model(
+            input_ids=inputs,
+            attention_mask=seen,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state[:, -1]
+
+
+def draw(z: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a row of logits (rows, V) by inversion of the distribution function.
+
+    The first place where the sum reaches `uniform` times the whole is one where it rises, so a
+    token without probability is never drawn, whatever the rounding.
+    """
+    logprobs = z.log_softmax(-1)
+    sums = logprobs.exp().cumsum(-1)
+    token = torch.searchsorted(sums, (uniform * sums[:, -1]).unsqueeze(1)).squeeze(1)
+    return token, logprobs.gather(1, token.unsqueeze(1)).squeeze(1)
