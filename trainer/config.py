@@ -204,8 +204,8 @@ class Toy:
     """Standard deviation of an annotator's rating around gold."""
     liking: float = 0.3
     """What an annotator adds for each flourish token: the shortcut a reward model learns."""
-    architecture: Literal["qwen2", "llama"] = "llama"
-    """Family of the tiny model. Beside a qwen2, transformers loads any tokenizer as Qwen2's."""
+    architecture: Literal["llama", "qwen3"] = "llama"
+    """Family of the tiny model (not qwen2: beside it, transformers loads any tokenizer as its)."""
     hidden: int = 128
     """Its width."""
     layers: int = 3
