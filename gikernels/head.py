@@ -240,7 +240,7 @@ class RowGrads(NamedTuple):
     constant: Tensor | None
 
     def rows(self, rows: slice | Tensor) -> RowGrads:
-        return RowGrads(*(None if x is None else x[rows] for x in self))
+        return RowGrads._make(None if x is None else x[rows] for x in self)
 
     @property
     def factor(self) -> Tensor:
@@ -299,14 +299,14 @@ def dlogits_(
     """
     slope = None if outer is None else (z / outer).square_().neg_().add_(1)
     z.sub_(rows.peak.unsqueeze(1)).clamp_(min=FLOOR)
-    if rows.per_u is None:
+    if rows.per_u is None or rows.constant is None:
         # p (-g_logprob) + g_logprob 1[t] = factor * (exp(u) - total 1[t]): no pass for the gradient
         z.exp_()
         at_target = -rows.total
     else:
         e = torch.exp(z, out=spare)
         z.mul_(rows.per_u.unsqueeze(1)).add_(rows.constant.unsqueeze(1))
-        if ref_z is not None:
+        if ref_z is not None and rows.ref_peak is not None and rows.per_ref_u is not None:
             ref_z.sub_(rows.ref_peak.unsqueeze(1)).clamp_(min=FLOOR)
             z.addcmul_(ref_z, rows.per_ref_u.unsqueeze(1))
         z.mul_(e)

@@ -275,15 +275,18 @@ def _backward_op(
     if len(rows) == 0:
         return dhidden.zero_(), dweight.zero_(), dbias.zero_()
 
-    def pick(x: Tensor | None) -> Tensor | None:
-        return x if x is None or len(rows) == len(targets) else x[rows]
+    def pick(x: Tensor) -> Tensor:
+        return x if len(rows) == len(targets) else x[rows]
 
     dtype = stats.dtype
-    g = [pick(g) if some else None for g, some in zip(upstream, alive.any(1).tolist())]
+    some = alive.any(1).tolist()
+    g = [pick(g) if g is not None and yes else None for g, yes in zip(upstream, some)]
     g_logprob = hidden.new_zeros(len(rows), dtype=dtype) if g[0] is None else g[0]
-    if g[2] is None:
+    if g[2] is None:  # then the reference's logits are not needed
         ref_hidden = ref_weight = None
-    x, target, temperatures, ref_x = map(pick, (hidden, targets, temperatures, ref_hidden))
+    x, target = pick(hidden), pick(targets)
+    ref_x = None if ref_hidden is None else pick(ref_hidden)
+    temperatures = None if temperatures is None else pick(temperatures)
     row_stats = RowStats(*(stats[i][rows] if i < len(stats) else stats[:0, 0] for i in range(6)))
     in_place = dhidden.dtype == dtype and len(rows) == len(targets)
     dx = (dhidden if in_place else dhidden.new_empty(x.shape, dtype=dtype)) if wanted[0] else None

@@ -34,19 +34,11 @@ def _row_outer(temperatures, rows, N, outer):
 
 
 @triton.jit
-def _logits(
-    x, w, bias, row, col, N, V, D, x_n, x_d, w_v, w_d, inner, outer,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """Final logits (ROWS, COLS); arbitrary beyond N and V."""
-    z = tiles.product_tile(
-        x, w, row, col, N, V, D, x_n, x_d, w_v, w_d, ROWS, COLS, DEPTH, TMA, PRECISION
-    )
-    cols = col + tl.arange(0, COLS)
+def _final(raw, bias, cols, V, inner, outer, SOFTCAP: tl.constexpr):
+    """Final logits of a tile of products."""
     if bias is not None:
-        z += tl.load(bias + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
-    return tiles.final_logits(z, inner, outer, SOFTCAP)
+        raw += tl.load(bias + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
+    return tiles.final_logits(raw, inner, outer, SOFTCAP)
 
 
 @triton.jit
@@ -65,8 +57,8 @@ def _load_partial(partials, index, rows, N):
 def _forward_kernel(
     x,  # (N, D), or its descriptor
     w,  # (V, D)
-    ref_x,  # (N, REF_D), None without a reference
-    ref_w,  # (V, REF_D)
+    ref_x,  # (N, D'), None without a reference
+    ref_w,  # (V, D')
     targets,  # (N)
     bias,  # (V) or None
     temperatures,  # (N) or None
@@ -79,7 +71,7 @@ def _forward_kernel(
     N,
     V,
     D,
-    REF_D,
+    ref_D,
     x_n,
     x_d,
     w_v,
@@ -98,9 +90,8 @@ def _forward_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     TMA: tl.constexpr,
-    REF_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
-    REF_PRECISION: tl.constexpr,
+    ref_PRECISION: tl.constexpr,
 ):
     """Work is cut into row blocks x splits of the vocabulary. A program walks one split of one row
     block with the statistics in registers and leaves them in `partials`; the last of a row block to
@@ -129,18 +120,19 @@ def _forward_kernel(
         any_kept = tl.max(kept.to(tl.int32), 0) > 0  # a block of ignored rows costs nothing
         for tile in tl.range(first, tl.where(any_kept, end, first), flatten=False):
             col = tile * COLS
-            z = _logits(
-                x, w, bias, row, col, N, V, D, x_n, x_d, w_v, w_d, inner, row_outer,
-                ROWS, COLS, DEPTH, TMA, PRECISION, SOFTCAP,
-            )  # fmt: skip
             cols = col + tl.arange(0, COLS)
+            z = tiles.product_tile(
+                x, w, row, col, N, V, D, x_n, x_d, w_v, w_d, ROWS, COLS, DEPTH, TMA, PRECISION
+            )
+            z = _final(z, bias, cols, V, inner, row_outer, SOFTCAP)
             z = tl.where((cols < V)[None, :], z, float("-inf"))
             target_z += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
             if HAS_REF:
-                ref_z = _logits(
-                    ref_x, ref_w, None, row, col, N, V, REF_D, ref_x_n, ref_x_d, ref_w_v,
-                    ref_w_d, inner, row_outer, ROWS, COLS, DEPTH, REF_TMA, REF_PRECISION, SOFTCAP,
+                ref_z = tiles.product_tile(
+                    ref_x, ref_w, row, col, N, V, ref_D, ref_x_n, ref_x_d, ref_w_v, ref_w_d,
+                    ROWS, COLS, DEPTH, TMA, ref_PRECISION,
                 )  # fmt: skip
+                ref_z = _final(ref_z, None, cols, V, inner, row_outer, SOFTCAP)
                 ref_z = tl.where((cols < V)[None, :], ref_z, float("-inf"))
                 ref_peak, ref_total, cross = tiles.absorb_ref(
                     peak, total, ref_peak, ref_total, cross, z, ref_z
@@ -240,28 +232,26 @@ def _products(
     x: Tensor, w: Tensor, ref_x: Tensor | None, ref_w: Tensor | None, block: tiles.Blocks
 ) -> dict[str, Any]:
     """The kernels' arguments that say what is multiplied, and how."""
-
-    def one(x: Tensor, w: Tensor) -> tuple[Any, ...]:
-        tma, x_arg, w_arg = tiles.operands(x, w, block)
-        return x_arg, w_arg, x.shape[1], *x.stride(), *w.stride(), tma, tiles.precision(x.dtype)
-
-    names = ("x", "w", "D", "x_n", "x_d", "w_v", "w_d", "TMA", "PRECISION")
-    ref_names = (
-        "ref_x", "ref_w", "REF_D", "ref_x_n", "ref_x_d", "ref_w_v", "ref_w_d",
-        "REF_TMA", "REF_PRECISION",
-    )  # fmt: skip
-    ref = (None, None, 0, 0, 0, 0, 0, False, "ieee")
-    if ref_x is not None and ref_w is not None:
-        ref = one(ref_x, ref_w)
-    sizes = {"N": len(x), "V": len(w)}
-    tile = {"ROWS": block.rows, "COLS": block.cols, "DEPTH": block.depth, "GROUP": GROUP}
-    run = {"num_warps": block.num_warps, "num_stages": block.num_stages}
-    return {**dict(zip(names, one(x, w))), **dict(zip(ref_names, ref)), **sizes, **tile, **run}
+    given: dict[str, Any] = {
+        "N": len(x),
+        "V": len(w),
+        "ROWS": block.rows,
+        "COLS": block.cols,
+        "DEPTH": block.depth,
+        "GROUP": GROUP,
+        "TMA": block.tma,
+        "num_warps": block.num_warps,
+        "num_stages": block.num_stages,
+        **tiles.product_arguments("", x, w, block),
+    }
+    if ref_x is None or ref_w is None:
+        return given | tiles.no_product_arguments("ref_")
+    return given | tiles.product_arguments("ref_", ref_x, ref_w, block)
 
 
-def _contiguous(targets: Tensor, *optional: Tensor | None) -> tuple[Tensor, ...]:
+def _contiguous(x: Tensor | None) -> Tensor | None:
     """Vectors are read at stride 1; hidden states and weights at whatever strides they have."""
-    return targets.contiguous(), *(None if x is None else x.contiguous() for x in optional)
+    return None if x is None else x.contiguous()
 
 
 def forward(
@@ -285,9 +275,9 @@ def forward(
     n, v, device = len(hidden), len(weight), hidden.device
     if n == 0:
         return
-    targets, bias, temperatures = _contiguous(targets, bias, temperatures)
-    products = 1 if ref_hidden is None else 2
-    block = tiles.blocks(tiles.arch_of(device), hidden.element_size(), products)
+    targets = targets.contiguous()
+    bias, temperatures = _contiguous(bias), _contiguous(temperatures)
+    block = tiles.blocks_for(hidden, weight, ref_hidden, ref_weight)
     row_blocks, col_tiles = -(-n // block.rows), -(-v // block.cols)
     splits = _splits(row_blocks, col_tiles, tiles.programs(device, 1 << 30))
     kept = 4 if ref_hidden is None else 7
@@ -321,11 +311,68 @@ def _row(per_row, index, rows, N):
 
 
 @triton.jit
+def _store_parts(
+    raw, ref_raw, dz, dz_n, row, col, col_start, col_end, N, V, targets, bias, temperatures,
+    per_row, inner, outer, SOFTCAP: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """dZ of a tile of products, a part of its columns after the other: all at once would spill."""
+    if PARTS == 1:
+        _store_dlogits(
+            raw, ref_raw, dz, dz_n, row, col, col_start, col_end, N, V, targets, bias,
+            temperatures, per_row, inner, outer, SOFTCAP,
+        )  # fmt: skip
+    else:
+        left, right = tiles.halves(raw)
+        ref_left, ref_right = None, None
+        if ref_raw is not None:
+            ref_left, ref_right = tiles.halves(ref_raw)
+        _store_parts(
+            left, ref_left, dz, dz_n, row, col, col_start, col_end, N, V, targets, bias,
+            temperatures, per_row, inner, outer, SOFTCAP, PARTS // 2,
+        )  # fmt: skip
+        _store_parts(
+            right, ref_right, dz, dz_n, row, col + raw.shape[1] // 2, col_start, col_end, N, V,
+            targets, bias, temperatures, per_row, inner, outer, SOFTCAP, PARTS // 2,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_dlogits(
+    raw, ref_raw, dz, dz_n, row, col, col_start, col_end, N, V, targets, bias, temperatures,
+    per_row, inner, outer, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    rows = row + tl.arange(0, raw.shape[0])
+    cols = col + tl.arange(0, raw.shape[1])
+    row_outer = _row_outer(temperatures, rows, N, outer)
+    z = _final(raw, bias, cols, V, inner, row_outer, SOFTCAP)
+    # Peak and log(total) one after the other: their sum would round at a large offset.
+    log_p = z - _row(per_row, 0, rows, N) - _row(per_row, 1, rows, N)
+    target = tl.load(targets + rows, mask=rows < N, other=-1).to(tl.int64)
+    grad = tiles.dlogits(
+        log_p,
+        cols[None, :] == target[:, None],
+        _row(per_row, 2, rows, N),
+        _row(per_row, 3, rows, N),
+        _row(per_row, 4, rows, N),
+    )
+    if ref_raw is not None:
+        ref_z = _final(ref_raw, None, cols, V, inner, row_outer, SOFTCAP)
+        log_q = ref_z - _row(per_row, 5, rows, N) - _row(per_row, 6, rows, N)
+        grad += tiles.dlogits_kl(log_p, log_q, _row(per_row, 7, rows, N), _row(per_row, 8, rows, N))
+    grad *= tiles.logit_slope(z, inner, row_outer, SOFTCAP)
+    # 64 bits for where the tile starts, 32 within it: half the registers for addresses.
+    start = dz + row.to(tl.int64) * dz_n + (col - col_start)
+    at = start + ((rows - row)[:, None] * dz_n + (cols - col)[None, :])
+    inside = (rows < N)[:, None] & (cols < col_end)[None, :]
+    tl.store(at, grad.to(dz.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _dlogits_kernel(
     x,  # (N, D), or its descriptor
     w,  # (V, D)
-    ref_x,  # (N, REF_D), None where the KL has no gradient
-    ref_w,  # (V, REF_D)
+    ref_x,  # (N, D'), None where the KL has no gradient
+    ref_w,  # (V, D')
     targets,  # (N)
     bias,  # (V) or None
     temperatures,  # (N) or None
@@ -334,7 +381,7 @@ def _dlogits_kernel(
     N,
     V,
     D,
-    REF_D,
+    ref_D,
     x_n,
     x_d,
     w_v,
@@ -354,9 +401,9 @@ def _dlogits_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     TMA: tl.constexpr,
-    REF_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
-    REF_PRECISION: tl.constexpr,
+    ref_PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """The gradient of hidden @ weight.T + bias for a slab of the vocabulary."""
     row_blocks = tl.cdiv(N, ROWS)
@@ -366,38 +413,19 @@ def _dlogits_kernel(
         block, tile = tiles.grouped(item, row_blocks, col_tiles, GROUP)
         row = block * ROWS
         col = col_start + tile * COLS
-        rows = row + tl.arange(0, ROWS)
-        cols = col + tl.arange(0, COLS)
-        row_outer = _row_outer(temperatures, rows, N, outer)
-        z = _logits(
-            x, w, bias, row, col, N, V, D, x_n, x_d, w_v, w_d, inner, row_outer,
-            ROWS, COLS, DEPTH, TMA, PRECISION, SOFTCAP,
-        )  # fmt: skip
-        # Peak and log(total) one after the other: their sum would round at a large offset.
-        log_p = z - _row(per_row, 0, rows, N) - _row(per_row, 1, rows, N)
-        target = tl.load(targets + rows, mask=rows < N, other=-1).to(tl.int64)
-        grad = tiles.dlogits(
-            log_p,
-            cols[None, :] == target[:, None],
-            _row(per_row, 2, rows, N),
-            _row(per_row, 3, rows, N),
-            _row(per_row, 4, rows, N),
+        raw = tiles.product_tile(
+            x, w, row, col, N, V, D, x_n, x_d, w_v, w_d, ROWS, COLS, DEPTH, TMA, PRECISION
         )
+        ref_raw = None
         if ref_x is not None:
-            ref_z = _logits(
-                ref_x, ref_w, None, row, col, N, V, REF_D, ref_x_n, ref_x_d, ref_w_v,
-                ref_w_d, inner, row_outer, ROWS, COLS, DEPTH, REF_TMA, REF_PRECISION, SOFTCAP,
+            ref_raw = tiles.product_tile(
+                ref_x, ref_w, row, col, N, V, ref_D, ref_x_n, ref_x_d, ref_w_v, ref_w_d,
+                ROWS, COLS, DEPTH, TMA, ref_PRECISION,
             )  # fmt: skip
-            log_q = ref_z - _row(per_row, 5, rows, N) - _row(per_row, 6, rows, N)
-            grad += tiles.dlogits_kl(
-                log_p, log_q, _row(per_row, 7, rows, N), _row(per_row, 8, rows, N)
-            )
-        grad *= tiles.logit_slope(z, inner, row_outer, SOFTCAP)
-        # 64 bits for where the tile starts, 32 within it: half the registers for addresses.
-        start = dz + row.to(tl.int64) * dz_n + tile * COLS
-        at = start + (tl.arange(0, ROWS)[:, None] * dz_n + tl.arange(0, COLS)[None, :])
-        inside = (rows < N)[:, None] & (cols < col_end)[None, :]
-        tl.store(at, grad.to(dz.dtype.element_ty), mask=inside)
+        _store_parts(
+            raw, ref_raw, dz, dz_n, row, col, col_start, col_end, N, V, targets, bias,
+            temperatures, per_row, inner, outer, SOFTCAP, PARTS,
+        )  # fmt: skip
 
 
 def _per_row(
@@ -450,11 +478,10 @@ def backward(
     """Fills dx, dw and db where they are wanted: for each slab of the vocabulary one kernel for dZ,
     dX += dZ @ weight[slab] and dW[slab] = dZ.T @ hidden."""
     n, v, device = len(hidden), len(weight), hidden.device
-    targets, bias, temperatures = _contiguous(targets, bias, temperatures)
+    targets = targets.contiguous()
+    bias, temperatures = _contiguous(bias), _contiguous(temperatures)
     per_row = _per_row(stats, g_logprob, g_entropy, g_kl)
-    block = tiles.blocks(
-        tiles.arch_of(device), hidden.element_size(), 1 if ref_hidden is None else 2
-    )
+    block = tiles.blocks_for(hidden, weight, ref_hidden, ref_weight)
     dz_dtype = tiles.scratch_dtype(hidden)
     tall, wide = _slab_shape(n, v, workspace_for(device) // dz_dtype.itemsize)
     scratch = torch.empty(tall, wide, dtype=dz_dtype, device=device)
@@ -484,6 +511,7 @@ def backward(
                     inner=inner,
                     outer=outer,
                     SOFTCAP=softcap is not None,
+                    PARTS=block.parts,
                 )
             if dx is not None:
                 tiles.add_product(dx[rows], dz, weight[cols])
@@ -505,7 +533,7 @@ def backward(
 def aot_cases(arch: int | str) -> Iterator[dict[str, Any]]:
     """The kernels as `forward` and `backward` would launch them on `arch`, in their main variants:
     bf16 with and without a reference, softcap and per-row temperature, unaligned, and fp32."""
-    variants = [
+    variants: list[tuple[str, dict[str, Any]]] = [
         ("bf16", {}),
         ("bf16_ref", {"ref": True}),
         ("bf16_softcap_bias", {"softcap": True, "bias": True, "temperatures": True}),

@@ -256,9 +256,11 @@ class Blocks(NamedTuple):
     depth: int
     num_warps: int
     num_stages: int
+    parts: int  # in which an epilogue of many registers takes the columns
+    tma: bool  # whether operands are read through descriptors: a product of aligned rows
 
 
-def blocks(arch: int | str, itemsize: int, products: int = 1) -> Blocks:
+def blocks(arch: int | str, itemsize: int, products: int, aligned: bool) -> Blocks:
     """For compute capability `arch` (90), "gfx942", or "interpreter"; `products` accumulators live.
 
     A table and no autotuning: the same call gives the same bits, and a run starts at once. A stage
@@ -266,15 +268,22 @@ def blocks(arch: int | str, itemsize: int, products: int = 1) -> Blocks:
     163 KB on 80, 99 KB on 86, 89 and 120, 64 KB on gfx942. The accumulators of two products of
     128 x 256 would not fit into 255 registers a thread.
     """
+    tma = aligned and (arch == "interpreter" or (isinstance(arch, int) and arch >= 90))
     if arch == "interpreter":
-        return Blocks(32, 128, 32, 4, 1)
+        return Blocks(32, 128, 32, 4, 1, 2, tma)
     if itemsize == 4:  # exact fp32 products run on the ordinary cores, from registers
-        return Blocks(64, 64, 32, 4, 2)
-    if arch in (90, 100, 103):
-        return Blocks(128, 256 if products == 1 else 128, 64, 8, 4)
-    if arch == 80:
-        return Blocks(128, 128, 64, 8, 3)
-    return Blocks(128, 128, 32, 8, 3 if isinstance(arch, int) else 2)
+        return Blocks(64, 64, 16, 4, 2, 1, tma)
+    if arch in (90, 100, 103) and tma:
+        return Blocks(128, 256 if products == 1 else 128, 64, 8, 4, 4, tma)
+    if arch in (80, 90, 100, 103):
+        return Blocks(128, 128 // products, 64 if aligned and products == 1 else 32, 8, 3, 2, tma)
+    return Blocks(128, 128 // products, 32, 8, 3 if isinstance(arch, int) else 2, 2, tma)
+
+
+def blocks_for(x: Tensor, w: Tensor, ref_x: Tensor | None, ref_w: Tensor | None) -> Blocks:
+    given = [t for t in (x, w, ref_x, ref_w) if t is not None]
+    aligned = all(map(_tma_can_read, given))
+    return blocks(arch_of(x.device), max(t.element_size() for t in given), len(given) // 2, aligned)
 
 
 def arch_of(device: torch.device) -> int | str:
@@ -299,20 +308,28 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if exact else "tf32"
 
 
-def operands(x: Tensor, w: Tensor, block: Blocks) -> tuple[bool, Any, Any]:
-    """(TMA, x, w) for `product_tile`: descriptors where the tensors are aligned for them.
+def product_arguments(prefix: str, x: Tensor, w: Tensor, block: Blocks) -> dict[str, Any]:
+    """A kernel's arguments for one `product_tile`, each name after `prefix`.
 
-    Made by the host: a descriptor made in a kernel needs an allocator that autograd's threads lose.
+    Descriptors are made by the host: one made in a kernel needs an allocator that autograd's
+    threads lose.
     """
-    arch = arch_of(x.device)
-    fits = arch == "interpreter" or (isinstance(arch, int) and arch >= 90)
-    if not (fits and all(_tma_can_read(t) for t in (x, w))):
-        return False, x, w
-    return (
-        True,
-        TensorDescriptor.from_tensor(x, [block.rows, block.depth]),
-        TensorDescriptor.from_tensor(w, [block.cols, block.depth]),
-    )
+    values: dict[str, Any] = {
+        "x": TensorDescriptor.from_tensor(x, [block.rows, block.depth]) if block.tma else x,
+        "w": TensorDescriptor.from_tensor(w, [block.cols, block.depth]) if block.tma else w,
+        "D": x.shape[1],
+        "x_n": x.stride(0),
+        "x_d": x.stride(1),
+        "w_v": w.stride(0),
+        "w_d": w.stride(1),
+        "PRECISION": precision(x.dtype),
+    }
+    return {prefix + name: value for name, value in values.items()}
+
+
+def no_product_arguments(prefix: str) -> dict[str, Any]:
+    none = {"x": None, "w": None, "D": 0, "x_n": 0, "x_d": 0, "w_v": 0, "w_d": 0}
+    return {prefix + name: value for name, value in {**none, "PRECISION": "ieee"}.items()}
 
 
 def _tma_can_read(x: Tensor) -> bool:
@@ -375,22 +392,21 @@ def aot_case(
     `others` are the types of the kernel's own arguments. Divisibility is declared as a launch at
     D 4096, V 128256 would find it: every pointer and every size but N's ragged end.
     """
-    block = blocks(arch, 4 if dtype == "fp32" else 2, 2 if ref else 1)
-    tma = aligned and isinstance(arch, int) and arch >= 90
+    block = blocks(arch, 4 if dtype == "fp32" else 2, 2 if ref else 1, aligned)
     constexprs: dict[str, Any] = {
         "SOFTCAP": softcap,
+        "PARTS": block.parts,
         "ROWS": block.rows,
         "COLS": block.cols,
         "DEPTH": block.depth,
         "GROUP": group,
-        "TMA": tma,
-        "REF_TMA": tma,
+        "TMA": block.tma,
         "PRECISION": "ieee",
-        "REF_PRECISION": "ieee",
+        "ref_PRECISION": "ieee",
     }
 
     def operand(rows: int) -> str:
-        return f"tensordesc<{dtype}[{rows}, {block.depth}]>" if tma else f"*{dtype}"
+        return f"tensordesc<{dtype}[{rows}, {block.depth}]>" if block.tma else f"*{dtype}"
 
     types = {
         "x": operand(block.rows),
@@ -415,6 +431,7 @@ def aot_case(
         for i, (k, kind) in enumerate(signature.items())
         if kind.startswith("*") or (kind == "i32" and k not in ragged)
     }
+    constexprs = {k: v for k, v in constexprs.items() if k in fn.arg_names}
     return {
         "fn": fn,
         "name": name,
