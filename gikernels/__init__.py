@@ -21,6 +21,7 @@ from gikernels.groups import (
 from gikernels.linear_logprobs import linear_logprobs
 from gikernels.losses import difference_objective, ppo_loss, preference_loss, value_loss
 from gikernels.meta import meta_ascent
+from gikernels.partition import partition
 from gikernels.reference import (
     Experience,
     Gae,
@@ -54,6 +55,7 @@ __all__ = [
     "merge_stats",
     "meta_ascent",
     "normalize_advantages",
+    "partition",
     "ppo_loss",
     "preference_loss",
     "soft_groups",
