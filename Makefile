@@ -25,6 +25,15 @@ types: setup
 unit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+# Correctness first, then the table, into bench/results. ARGS='--quick --only logprobs' and others:
+# see python -m bench --help.
+bench: $(VENV)/.bench-ready
+	$(BIN)/python -m bench $(ARGS)
+
+$(VENV)/.bench-ready: $(VENV)/.ready
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
+	touch $@
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

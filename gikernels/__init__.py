@@ -19,6 +19,7 @@ from gikernels.groups import (
     soft_groups,
 )
 from gikernels.linear_logprobs import linear_logprobs
+from gikernels.logprobs import logprobs
 from gikernels.losses import difference_objective, ppo_loss, preference_loss, value_loss
 from gikernels.meta import meta_ascent
 from gikernels.partition import partition
@@ -52,6 +53,7 @@ __all__ = [
     "kl_penalty",
     "linear_experience",
     "linear_logprobs",
+    "logprobs",
     "merge_stats",
     "meta_ascent",
     "normalize_advantages",
