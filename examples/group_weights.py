@@ -27,8 +27,10 @@ def main() -> tuple[torch.Tensor, torch.Tensor]:
     for p in range(PROMPTS):
         i = p * SAMPLES
         print(
-            f"prompt {p}: mean score {scores[prompt == p].mean():.2f}, group {groups.group_ids[i]}, "
-            f"weight {groups.weights[i]:.2f}, KL coefficient {kl_coef[i]:.3f}"
+            f"prompt {p}: mean score {scores[prompt == p].mean():.2f}",
+            f"group {groups.group_ids[i]}, weight {groups.weights[i]:.2f}",
+            f"KL coefficient {kl_coef[i]:.3f}",
+            sep=", ",
         )
     print({k: round(v, 3) for k, v in groups.metrics.items() if "/0/" in k or "gap" in k})
     return groups.group_ids[::SAMPLES], weighted / advantages

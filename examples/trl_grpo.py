@@ -33,15 +33,16 @@ def main(steps: int = 3) -> list[dict]:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        args = GRPOConfig(
+            output_dir=os.path.join(folder, "run"), max_steps=steps, beta=0.05, bf16=False,
+            per_device_train_batch_size=16, num_generations=4, max_completion_length=8,
+            logging_steps=1, report_to=[], save_strategy="no", model_init_kwargs={},
+        )  # fmt: skip
         trainer = GroupInvariantGRPOTrainer(  # instead of GRPOTrainer(
             invariance=GroupInvariance(beta=0.25, kl_floor=0.1),  # without this line: TRL's method
             model=folder,
             reward_funcs=reward,
-            args=GRPOConfig(
-                output_dir=os.path.join(folder, "run"), max_steps=steps, beta=0.05, bf16=False,
-                per_device_train_batch_size=16, num_generations=4, max_completion_length=8,
-                logging_steps=1, report_to=[], save_strategy="no", model_init_kwargs={},
-            ),  # fmt: skip
+            args=args,
             train_dataset=Dataset.from_dict({"prompt": ["a", "b", "c", "z"] * 16}),
             processing_class=tokenizer,
         )

@@ -102,7 +102,7 @@ class LmHeadPatch:
             raise ValueError(f"model: got {type(model).__name__}, want a causal language model")
         output_head(model)
         found_scale, found_softcap = logit_transform(config)
-        self.model = model
+        self.model: Any = model
         self.temperature = checks.number("temperature", temperature, above=0)
         self.logit_scale = found_scale if logit_scale is None else logit_scale
         self.softcap = found_softcap if softcap is None else softcap
@@ -193,7 +193,7 @@ class HeadCall:
     # Beyond the reach of any softcap, and small ones that show a scale.
     PROBES = (-50.0, -10.0, -1.0, -0.1, 0.0, 0.1, 1.0, 10.0, 50.0)
 
-    def __init__(self, patch: LmHeadPatch, head: nn.Module, targets: Tensor) -> None:
+    def __init__(self, patch: LmHeadPatch, head: Any, targets: Tensor) -> None:
         self.patch, self.head, self.targets = patch, head, targets
         self.own_forward = head.forward
         self.stats: Tensor | None = None  # (B, L, 2): log-probability and entropy
@@ -296,7 +296,7 @@ def close(x: Tensor, y: Tensor, tolerance: float) -> bool:
     return bool(((x.float() - y.float()).abs() <= tolerance * scale).all())
 
 
-def output_head(model: nn.Module) -> nn.Module:
+def output_head(model: nn.Module) -> Any:
     """Looked up at each call: PEFT and FSDP may have replaced it since."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get is not None else None
@@ -320,7 +320,7 @@ def logit_transform(config: Any) -> tuple[float, float | None]:
     return scale, first(SOFTCAPS)
 
 
-def linear_form(head: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def linear_form(head: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """(rows, weight, bias) such that F.linear of them is head(rows).
 
     A LoRA head is W x + s B (A x): a wider linear layer, [W, B] applied to [x, s A x]. That is
@@ -336,7 +336,9 @@ def linear_form(head: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tensor |
     if head.merged or head.disable_adapters or not adapters:
         return rows, weight, bias
     if getattr(head, "lora_variant", None) and any(a in head.lora_variant for a in adapters):
-        raise ValueError("model: the output head carries a LoRA variant (DoRA, ...): plain LoRA only")
+        raise ValueError(
+            "model: its output head carries a LoRA variant (DoRA, ...), want plain LoRA"
+        )
     wide_rows, wide_weight = [rows], [weight]
     for a in adapters:
         down, up = head.lora_A[a], head.lora_B[a]

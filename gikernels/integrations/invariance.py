@@ -72,15 +72,16 @@ class GroupInvariance:
         scored = ~performance.isnan()
         r = performance[scored]
         prompts, prompt = prompt_group[scored].unique(return_inverse=True)
-        means = gikernels.group_stats(r, prompt, len(prompts)).mean
         ones = torch.ones_like(performance)
         group_ids = torch.full_like(performance, -1, dtype=torch.long)
-        # Fewer different prompt means than groups: nothing to infer in this batch.
+        untouched = InferredGroups(group_ids, ones.float(), ones.float(), {"group/inferred": 0.0})
+        if len(prompts) < self.num_groups:
+            return untouched
+        means = gikernels.group_stats(r, prompt, len(prompts)).mean
         if not self._separable(means):
-            return InferredGroups(group_ids, ones.float(), ones.float(), {"group/inferred": 0.0})
-        ids = gikernels.partition(
-            means, self.num_groups, min_size=self.min_size
-        ).group_ids.long()[prompt]
+            return untouched
+        groups = gikernels.partition(means, self.num_groups, min_size=self.min_size)
+        ids = groups.group_ids.long()[prompt]
         probs = torch.nn.functional.one_hot(ids, self.num_groups).double()
         # In standard deviations, so that beta means the same whatever the reward's scale.
         normalised = (r - r.mean()) / r.std(correction=0)

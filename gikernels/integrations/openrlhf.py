@@ -51,7 +51,9 @@ class PolicyLoss(nn.Module):
         checks.one_of("is_correction_level", is_correction_level, ("off",))
         self.clip_eps_low = checks.number("clip_eps_low", clip_eps_low, at_least=0)
         self.clip_eps_high = checks.number("clip_eps_high", clip_eps_high, at_least=0)
-        self.dual_clip = None if dual_clip is None else checks.number("dual_clip", dual_clip, above=1)
+        if dual_clip is not None:
+            checks.number("dual_clip", dual_clip, above=1)
+        self.dual_clip = dual_clip
         self.token_level_loss = token_level_loss
 
     def forward(

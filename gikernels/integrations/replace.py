@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
-def rebind(package: str, pairs: list[tuple[Callable, Callable]]) -> None:
+def rebind(package: str, pairs: list[tuple[Any, Any]]) -> None:
     """In every loaded module of `package`, names bound to the first of a pair get the second.
 
     Looks into the module's own dictionary: a lazy module would import things when asked.
@@ -21,7 +22,7 @@ def rebind(package: str, pairs: list[tuple[Callable, Callable]]) -> None:
 
 
 @contextmanager
-def replaced(package: str, pairs: list[tuple[Callable, Callable]]) -> Iterator[None]:
+def replaced(package: str, pairs: list[tuple[Any, Any]]) -> Iterator[None]:
     """`from module import name` copies the binding, so both ways in and out visit all modules.
 
     That covers modules which are first imported inside the block. Blocks nest: an inner one finds

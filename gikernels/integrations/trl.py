@@ -1,6 +1,6 @@
 """TRL (tested with 1.16): our log-probability head, group-invariant weights, adaptive KL.
 
-    trainer = GroupInvariantGRPOTrainer(..., invariance=GroupInvariance())    # instead of GRPOTrainer
+    trainer = GroupInvariantGRPOTrainer(..., invariance=GroupInvariance())  # not GRPOTrainer(...)
 
 or, to change only where the memory goes, the trainer that you have, built inside a block:
 
@@ -84,22 +84,18 @@ class FusedForward:
     def __call__(self, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return self.original(*args, **kwargs)
-        scored = {
-            name: kwargs.pop(name, None)
-            for name in ("labels", "shift_labels", "num_items_in_batch")
-        }
+        names = ("labels", "shift_labels", "num_items_in_batch")
+        labels, shift_labels, num_items = (kwargs.pop(name, None) for name in names)
         kwargs["use_cache"] = False
-        out = self.patch.run(self.original, args, kwargs, **scored)
-        if scored["shift_labels"] is None:  # TRL has no entry for the token that nothing precedes
-            labels = scored["labels"][:, 1:]
-            logprobs, entropy = out.logprobs[:, 1:], out.entropy[:, 1:]
-        else:
-            labels, logprobs, entropy = scored["shift_labels"], out.logprobs, out.entropy
+        out: Any = self.patch.run(self.original, args, kwargs, labels, shift_labels, num_items)
+        logprobs, entropy = out.logprobs, out.entropy
+        if shift_labels is None:  # TRL has no entry for the token that nothing precedes
+            shift_labels, logprobs, entropy = (x[:, 1:] for x in (labels, logprobs, entropy))
         return trl_utils.FusedCausalLMOutput(
             loss=out.loss,
             log_probs=logprobs,
             entropy=entropy,
-            label_mask=labels != -100,
+            label_mask=shift_labels != -100,
             aux_loss=out.aux_loss,
         )
 
@@ -143,7 +139,10 @@ class RowwiseBeta(float):
         return float(self) * scale * kl
 
 
-class GroupInvariantMixin:
+Trainer: Any = object  # to a type checker: whatever TRL's trainers have, the mixin has
+
+
+class GroupInvariantMixin(Trainer):
     """For GRPOTrainer and RLOOTrainer: infers groups from each generation batch's rewards.
 
     `invariance=None` leaves TRL's algorithm as it is, and `fused_head=False` its head.
@@ -152,6 +151,8 @@ class GroupInvariantMixin:
     carry an offset for each prompt, so give the data set a column with the mean reward of some
     reference answers to the prompt and name it in `baseline_column`.
     """
+
+    beta: float  # TRL's KL coefficient
 
     def __init__(
         self,

@@ -149,7 +149,7 @@ def linear_cross_entropy(
     if reduction != "none":
         raise ValueError(f"reduction: got {reduction!r}, want 'none', the one that verl asks for")
     if dist_process_group is not None and torch.distributed.get_world_size(dist_process_group) > 1:
-        raise NotImplementedError("dist_process_group: a vocabulary split over ranks, want one rank")
+        raise NotImplementedError("dist_process_group: the vocabulary is split, want one rank")
     stats = gikernels.linear_logprobs(
         hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature
     )

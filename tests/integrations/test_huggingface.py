@@ -1,4 +1,4 @@
-"""patch_lm_head against the models' own logits: values and gradients, architecture by architecture."""
+"""patch_lm_head against the models' own logits, architecture by architecture."""
 
 import copy
 import inspect
@@ -166,9 +166,7 @@ def test_architectures_that_are_not_understood_raise():
 
     refuses(Twice(tiny("Llama").config), "more than once")
     refuses(transformers.LlamaModel(tiny("Llama").config), "no linear output head")
-    t5 = transformers.T5Config(
-        vocab_size=V, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2
-    )
+    t5 = transformers.T5Config(vocab_size=V, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     refuses(transformers.T5ForConditionalGeneration(t5), "causal")
     refuses(nn.Linear(3, 3), "causal")
 

@@ -78,7 +78,7 @@ def test_never_raises_for_what_a_batch_may_hold(scores, num_groups, min_size):
     assert (out.metrics["group/inferred"] == 1) == feasible(counts, num_groups)
     if out.metrics["group/inferred"]:
         assert torch.bincount(out.group_ids, minlength=num_groups).min() >= min_size
-        assert 0 <= out.weights.min() and out.weights.max() <= 5
+        assert out.weights.min() >= 0 and out.weights.max() <= 5
 
 
 def test_scale_and_offset_of_the_reward_do_not_matter():

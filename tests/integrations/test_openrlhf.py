@@ -39,7 +39,9 @@ def inputs():
     return new, old, torch.randn(4, 6), mask
 
 
-@pytest.mark.parametrize("known", [{}, dict(dp_size=2, batch_num_tokens=50.0, global_batch_size=7.0)])
+@pytest.mark.parametrize(
+    "known", [{}, dict(dp_size=2, batch_num_tokens=50.0, global_batch_size=7.0)]
+)
 @pytest.mark.parametrize("token_level", [True, False])
 @pytest.mark.parametrize("dual_clip", [None, 2.0])
 def test_policy_loss_is_the_formula(known, token_level, dual_clip):

@@ -6,6 +6,7 @@ hydra-core, codetiming, dill, torchdata. It pins an older transformers, so it is
 
 import importlib
 import importlib.util
+import os
 import subprocess
 import sys
 import types
@@ -62,8 +63,8 @@ def ours():
     try:
         yield importlib.import_module(name)
     finally:
-        for name in (*modules, name):
-            del sys.modules[name]
+        for added in (*modules, name):
+            del sys.modules[added]
 
 
 def core():
@@ -120,8 +121,6 @@ def test_group_invariant_is_group_norm_times_the_weight(ours):
     assert weights[0] > 1 > weights[-1]
     torch.testing.assert_close(got, plain * weights.unsqueeze(1))
     # A reference answer's reward takes a prompt's offset out before groups are formed.
-    shifted = rewards.clone()
-    shifted[:2][mask[:2].cumsum(1) == mask[:2].sum(1, keepdim=True)] += 0.0
     baselines = torch.tensor([0.0, 0.0, 0.0, 0.0, 20.0, 20.0, 0.0, 0.0])
     other, _ = ours.group_invariant(rewards, mask, uids, reward_baselines=baselines)
     assert (other[4] / plain[4])[0] > 1  # now the hardest
@@ -165,7 +164,9 @@ def spelled_out(old, new, advantages, mask, mode, weights, batch):
     return per_token[mode] * batch.get("dp_size", 1)
 
 
-@pytest.mark.parametrize("global_batch", [{}, dict(dp_size=2, batch_num_tokens=40, global_batch_size=9)])
+@pytest.mark.parametrize(
+    "global_batch", [{}, dict(dp_size=2, batch_num_tokens=40, global_batch_size=9)]
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_policy_loss_is_the_formula(ours, mode, global_batch):
     old, new, advantages, mask = loss_inputs()
@@ -291,7 +292,5 @@ def test_the_plugin_registers_in_a_fresh_process():
         "assert 'gikernels' in c.POLICY_LOSS_REGISTRY;"
         "assert head.__module__ == 'gikernels.integrations.verl'"
     )
-    import os
-
     env = dict(os.environ, VERL_USE_EXTERNAL_MODULES="gikernels.integrations.verl_plugin")
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
