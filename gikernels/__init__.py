@@ -23,6 +23,7 @@ from gikernels.logprobs import logprobs
 from gikernels.losses import difference_objective, ppo_loss, preference_loss, value_loss
 from gikernels.meta import meta_ascent
 from gikernels.partition import partition
+from gikernels.policy_loss import linear_policy_loss
 from gikernels.reference import (
     Experience,
     Gae,
@@ -53,6 +54,7 @@ __all__ = [
     "kl_penalty",
     "linear_experience",
     "linear_logprobs",
+    "linear_policy_loss",
     "logprobs",
     "merge_stats",
     "meta_ascent",
