@@ -32,7 +32,7 @@ CSRC = PACKAGE / "csrc"  # in a checkout a link to the csrc/ beside the package
 SHIPPED = PACKAGE / "lib"
 SOURCES = {"cpp": "partition.cpp", "cuda": "partition.cu"}
 
-# No contraction into FMA: the CPU's and the GPU's results then have the same bits. Nor -march=native:
+# No contraction into FMA: the CPU and the GPU then compute the same bits. No -march=native either:
 # the code has clones for wide vectors, picked when it is loaded, so a library runs on any machine.
 CPP_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-contract=off")
 CUDA_FLAGS = (

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gikernels import build, checks, dispatch, reference
+from gikernels import checks, dispatch, reference
 from gikernels.reference import Partition, Points
 
 # Status words of csrc/partition.h, and one of csrc/partition.cpp.
@@ -30,6 +30,8 @@ def _solve_native(
     min_size: int,
 ) -> tuple[Partition, Tensor]:
     """The partition of every row, in float64, and a status word of each, (B) int32."""
+    from gikernels import build  # here, so that `python -m gikernels.build` is imported once
+
     rows, n = values.shape
 
     def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -185,15 +187,22 @@ def _solve_rows_in_torch(
     status = torch.where(values.isfinite().all(1), 0, BAD_VALUES)
     if weights is not None:
         status |= torch.where((weights.isfinite() & (weights >= 0)).all(1), 0, BAD_WEIGHTS)
+    scaled, scale = _power_of_two(values.double())
     rows: list[Partition] = []
     for b, code in enumerate(status.tolist()):
         row_weights = None if weights is None else weights[b]
-        row = None if code else _solve_in_torch(values[b], row_weights, num_groups, min_size)
+        row = None if code else _solve_in_torch(scaled[b], row_weights, num_groups, min_size)
         if row is None:
             status[b] = code or INFEASIBLE
             return Partition(*[values.new_empty(0)] * 4), status
         rows.append(row)
-    return Partition(*(torch.stack(field) for field in zip(*rows))), status
+    found = Partition(*(torch.stack(field) for field in zip(*rows)))
+    return Partition(
+        found.group_ids,
+        found.thresholds / scale,
+        found.centers / scale,
+        found.between_variance / scale[:, 0] / scale[:, 0],
+    ), status
 
 
 # --- the operation --------------------------------------------------------------------------------
@@ -218,6 +227,14 @@ def _raise_for(status: list[int], values: Tensor, num_groups: int, min_size: int
         )
 
 
+def _power_of_two(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x times powers of two, so that squares and sums of huge ones stay finite: no digit
+    changes. And the factors, (B, 1)."""
+    exponent = torch.frexp(x.abs().amax(1, keepdim=True)).exponent
+    scale = torch.exp2(-exponent.double().clamp(-1000, 1000))
+    return x * scale, scale
+
+
 def _blank(values: Tensor, num_groups: int) -> Partition:
     batch, dtype = values.shape[:-1], reference.stat_dtype(values)
     return Partition(
@@ -239,10 +256,7 @@ def _partition(
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     rows = values.to(dtype).reshape(-1, values.shape[-1]).contiguous()
     if weights is not None:
-        weights = weights.double().reshape(rows.shape).contiguous()
-        # By a power of two, so that sums and squares of huge weights stay finite: no digit changes.
-        exponent = torch.frexp(weights.amax(1, keepdim=True)).exponent
-        weights = weights * torch.exp2(-exponent.double().clamp(-1000, 1000))
+        weights = _power_of_two(weights.double().reshape(rows.shape).contiguous())[0]
     if backend == "reference":
         found, status = _solve_rows_in_torch(rows, weights, num_groups, min_size)
     else:

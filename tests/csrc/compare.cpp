@@ -1,7 +1,7 @@
 // The CUDA kernels under emulation.h against the CPU's code: every result must have the same bits.
 // Usage: compare <problems>. One line for a difference, and exit code 1.
 
-#define GI_EMULATION
+#define GI_PLATFORM "emulation.h"
 #define GI_MAX_THREADS 8
 #define GI_MAX_ONE_CTA 400
 #include "../../csrc/partition.cu"
