@@ -2,12 +2,18 @@
 
     python -m tests.gikernels.aot [--json FILE] [--only TEXT]      (TRITON_INTERPRET unset)
 
-Each module of gikernels with kernels has `aot_cases()`, which yields a dict for each variant worth
+Each module of gikernels with kernels has `aot_cases()`, or `aot_cases(arch)` where configurations
+depend on the GPU (arch is 80, 90, ... or "gfx942"). It yields a dict for each variant worth
 compiling: name, fn (the JITFunction), signature ({argument: type, "constexpr" for constants}),
-constexprs, attrs (divisibility hints), num_warps, num_stages; and, where a default does not fit:
+constexprs, attrs (divisibility hints), and
 
-    archs   of ARCHS (all)     where it runs at all, or with this configuration
-    main    bool (True)        whether spilling a register would be a defect
+    archs   of TARGETS (all)   where it is launched at all
+    main    bool               whether a spilled register is a defect (for the first case of a
+                               kernel, its default configuration, and not for the others)
+
+Only first cases are compiled for the GPUs in FIRST_ONLY, or two cores would need a minute.
+
+Whatever else it holds (num_warps, num_stages, maxnreg) are options of the compiler.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import inspect
 import io
 import json
 import os
@@ -35,7 +42,8 @@ TARGETS = {
     "sm_120": (GPUTarget("cuda", 120, 32), 99 << 10),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
-ARCHS = tuple(TARGETS)
+FIRST_ONLY = {"sm_120", "gfx942"}
+KNOWN = {"name", "fn", "signature", "constexprs", "attrs", "archs", "main"}
 
 
 def modules():
@@ -45,11 +53,23 @@ def modules():
     return [importlib.import_module(f"gikernels.{name}") for name in names]
 
 
-def cases() -> list[dict]:
-    return [case for m in modules() if hasattr(m, "aot_cases") for case in m.aot_cases()]
+def cases(target: str, every: bool = False) -> list[dict]:
+    found: list[dict] = []
+    for module in modules():
+        if not hasattr(module, "aot_cases"):
+            continue
+        by_arch = inspect.signature(module.aot_cases).parameters
+        made = module.aot_cases(TARGETS[target][0].arch) if by_arch else module.aot_cases()
+        for case in made:
+            first = all(case["fn"] is not other["fn"] for other in found)
+            if target in case.get("archs", TARGETS) and (
+                first or every or target not in FIRST_ONLY
+            ):
+                found.append({"main": first, **case})
+    return found
 
 
-def missing(cases: list[dict]) -> list[str]:
+def missing() -> list[str]:
     """Kernels without a case. A kernel is a JITFunction that no other JITFunction calls."""
     from triton.runtime.jit import JITFunction
 
@@ -60,29 +80,33 @@ def missing(cases: list[dict]) -> list[str]:
         if isinstance(f, JITFunction)
     }
     called = {name for f in found.values() for name in f.fn.__code__.co_names if name != f.__name__}
-    covered = {f"{case['fn'].fn.__module__}.{case['fn'].fn.__qualname__}" for case in cases}
+    covered = {
+        f"{case['fn'].fn.__module__}.{case['fn'].fn.__qualname__}"
+        for t in TARGETS
+        for case in cases(t)
+    }
     return sorted(
         key for key, f in found.items() if key not in covered and f.__name__ not in called
     )
 
 
-def compile_one(job: tuple[int, str]) -> dict:
+def compile_one(job: tuple[int, str, bool]) -> dict:
     import triton
     from triton.compiler import ASTSource
 
-    index, arch = job
-    case = cases()[index]
+    index, arch, every = job
+    case = cases(arch, every)[index]
     target, limit = TARGETS[arch]
     record = {
         "module": case["fn"].fn.__module__,
         "kernel": case["fn"].__name__,
         "case": case["name"],
         "arch": arch,
-        "main": case.get("main", True),
+        "main": case["main"],
         "shared_limit": limit,
     }
     source = ASTSource(case["fn"], case["signature"], case["constexprs"], case["attrs"])
-    options = {"num_warps": case["num_warps"], "num_stages": case["num_stages"]}
+    options = {key: value for key, value in case.items() if key not in KNOWN}
     log, start = io.StringIO(), time.perf_counter()
     try:
         with contextlib.redirect_stdout(log):
@@ -132,14 +156,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", help="also write the records there")
     parser.add_argument("--only", default="", help="only cases with this in kernel or case name")
+    parser.add_argument("--all", action="store_true", help="every case for every GPU")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         sys.exit("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
-    every = cases()
     jobs = [
-        (index, arch)
-        for index, case in enumerate(every)
-        for arch in case.get("archs", ARCHS)
+        (index, arch, args.all)
+        for arch in TARGETS
+        for index, case in enumerate(cases(arch, args.all))
         if args.only in f"{case['fn'].__name__} {case['name']}"
     ]
     # A fresh cache, or ptxas would not run and say nothing.
@@ -149,7 +173,7 @@ def main() -> int:
             records = pool.map(compile_one, jobs, chunksize=1)
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"missing": missing(every), "records": records}, file, indent=1)
+            json.dump({"missing": missing(), "records": records}, file, indent=1)
     print(table(records))
     return 0
 
