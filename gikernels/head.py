@@ -35,9 +35,11 @@ def full_precision(op: Callable) -> Callable:
     """Autocast has done its work on the arguments; inside, products are what they look like."""
 
     @functools.wraps(op)
-    def without_autocast(hidden: Tensor, *args):
-        with torch.autocast(hidden.device.type, enabled=False):
-            return op(hidden, *args)
+    def without_autocast(*args):
+        # Not simply the first: the backward has no gradient of an output that nobody used.
+        device = next(x.device for x in args if isinstance(x, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return op(*args)
 
     return without_autocast
 

@@ -1,0 +1,217 @@
+"""TRL (tested with 1.16): our log-probability head, group-invariant weights, adaptive KL.
+
+    trainer = GroupInvariantGRPOTrainer(..., invariance=GroupInvariance())  # not GRPOTrainer(...)
+
+or, to change only where the memory goes, the trainer that you have, built inside a block:
+
+    with gikernels.integrations.trl.patched():
+        trainer = GRPOTrainer(...)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import trl.trainer.utils as trl_utils
+from torch import Tensor, nn
+from trl import GRPOTrainer, RLOOTrainer
+
+import gikernels
+from gikernels.integrations.huggingface import LmHeadPatch
+from gikernels.integrations.invariance import GroupInvariance, InferredGroups
+from gikernels.integrations.replace import replaced
+
+# --- TRL's functions, with their own signatures -------------------------------------------------
+
+
+def selective_log_softmax(
+    logits: Tensor,  # (..., V)
+    index: Tensor,  # (...) or (..., K)
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,  # (...)
+) -> Tensor:
+    if index.dim() == logits.dim():  # K tokens a position: TRL uses it for top-K only
+        logp = (logits.float() / temperature).log_softmax(-1).gather(-1, index)
+        return logp if row_mask is None else logp.masked_fill(row_mask == 0, 0)
+    return selective_log_softmax_and_entropy(logits, index, True, temperature, row_mask)[0]
+
+
+def selective_log_softmax_and_entropy(
+    logits: Tensor,
+    index: Tensor,
+    entropy_requires_grad: bool = True,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    # TRL indexes as gather does: no number is special, so none is ignored unless row_mask says so.
+    targets = index if row_mask is None else index.masked_fill(row_mask == 0, -100)
+    stats = gikernels.logprobs(logits, targets, temperature)
+    return stats.logprobs, stats.entropy if entropy_requires_grad else stats.entropy.detach()
+
+
+def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
+    return gikernels.logprobs(logits, logits.new_zeros(logits.shape[:-1], dtype=torch.long)).entropy
+
+
+def add_fused_lm_head(
+    model: nn.Module,
+    temperature: float = 1.0,
+    cast_lm_head_to_fp32: bool = False,
+    outputs: tuple[str, ...] = ("log_probs",),
+) -> None:
+    """`model(..., labels=labels, fused_lm_head=True)` scores labels through `linear_logprobs`."""
+    missing = set(outputs) - {"log_probs", "entropy"}
+    if missing:
+        raise NotImplementedError(
+            f"outputs: {sorted(missing)} are not statistics that gikernels computes; build this "
+            f"trainer outside gikernels.integrations.trl.patched()"
+        )
+    patch = LmHeadPatch(model, temperature=temperature, fp32=cast_lm_head_to_fp32)
+    model.forward = FusedForward(patch, model.forward)
+
+
+class FusedForward:
+    """Stands in for `model.forward`: TRL asks for log-probabilities by `fused_lm_head=True`."""
+
+    def __init__(self, patch: LmHeadPatch, original: Any) -> None:
+        self.patch, self.original = patch, original
+        self.__signature__ = inspect.signature(original)
+
+    def __call__(self, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return self.original(*args, **kwargs)
+        names = ("labels", "shift_labels", "num_items_in_batch")
+        labels, shift_labels, num_items = (kwargs.pop(name, None) for name in names)
+        kwargs["use_cache"] = False
+        out: Any = self.patch.run(self.original, args, kwargs, labels, shift_labels, num_items)
+        logprobs, entropy = out.logprobs, out.entropy
+        if shift_labels is None:  # TRL has no entry for the token that nothing precedes
+            shift_labels, logprobs, entropy = (x[:, 1:] for x in (labels, logprobs, entropy))
+        return trl_utils.FusedCausalLMOutput(
+            loss=out.loss,
+            log_probs=logprobs,
+            entropy=entropy,
+            label_mask=shift_labels != -100,
+            aux_loss=out.aux_loss,
+        )
+
+
+@contextmanager
+def patched() -> Iterator[None]:
+    """In force inside the block, for trainers built there and for TRL's functions called there.
+
+    A trainer keeps the head that it was built with. Everything else is undone on the way out,
+    exceptions included; blocks nest.
+    """
+    ours = (
+        selective_log_softmax,
+        selective_log_softmax_and_entropy,
+        entropy_from_logits,
+        add_fused_lm_head,
+    )
+    with replaced("trl", [(getattr(trl_utils, f.__name__), f) for f in ours]):
+        yield
+
+
+# --- group-invariant trainers -------------------------------------------------------------------
+
+
+class RowwiseBeta(float):
+    """TRL multiplies a KL by `self.beta`, a float; this one scales row i by beta * scale[i].
+
+    Both trainers, and every loss_type of GRPO, say `self.beta * kl` at the one place that matters,
+    and compare it with 0 elsewhere. Overriding those methods would mean copying 300 lines.
+    """
+
+    scale: Tensor  # (S)
+
+    def __new__(cls, beta: float, scale: Tensor) -> RowwiseBeta:
+        self = super().__new__(cls, beta)
+        self.scale = scale
+        return self
+
+    def __mul__(self, kl: Any) -> Any:  # (S) or (S, T)
+        scale = self.scale.to(kl.dtype).view(-1, *[1] * (kl.dim() - 1))
+        return float(self) * scale * kl
+
+
+Trainer: Any = object  # to a type checker: whatever TRL's trainers have, the mixin has
+
+
+class GroupInvariantMixin(Trainer):
+    """For GRPOTrainer and RLOOTrainer: infers groups from each generation batch's rewards.
+
+    `invariance=None` leaves TRL's algorithm as it is, and `fused_head=False` its head.
+
+    Rewards must be comparable across prompts. Those of verifiers are; those of a reward model
+    carry an offset for each prompt, so give the data set a column with the mean reward of some
+    reference answers to the prompt and name it in `baseline_column`.
+    """
+
+    beta: float  # TRL's KL coefficient
+
+    def __init__(
+        self,
+        *args: Any,
+        invariance: GroupInvariance | None = None,
+        baseline_column: str | None = None,
+        fused_head: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.invariance = invariance
+        self.baseline_column = baseline_column
+        self.inferred: InferredGroups | None = None  # of the current generation batch, all ranks
+        with patched() if fused_head else nullcontext():
+            super().__init__(*args, **kwargs)
+
+    def _calculate_rewards(self, inputs: list[dict], *args: Any, **kwargs: Any) -> Tensor:
+        """TRL gathers the rewards over ranks here; its KL penalty comes after."""
+        rewards_per_func = super()._calculate_rewards(inputs, *args, **kwargs)  # (S, functions)
+        if self.invariance is None or not self.model.training:
+            return rewards_per_func
+        weights = self.reward_weights.to(rewards_per_func)
+        rewards = (rewards_per_func * weights).nansum(1)
+        rewards = rewards.masked_fill(rewards_per_func.isnan().all(1), torch.nan)
+        if self.baseline_column is not None:
+            local = torch.tensor([float(x[self.baseline_column]) for x in inputs])
+            rewards = rewards - self.accelerator.gather(local.to(rewards))
+        prompt_group = torch.arange(len(rewards), device=rewards.device) // self.num_generations
+        self.inferred = self.invariance.infer(rewards, prompt_group)
+        self.beta = RowwiseBeta(self.beta, self.inferred.kl_scale)  # RLOO penalises rewards
+        for name, value in self.inferred.metrics.items():
+            self._metrics["train"][name].append(value)
+        return rewards_per_func
+
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Any]:
+        beta, self.inferred = self.beta, None
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            self.beta = beta
+        if self.inferred is not None:
+            start = self.accelerator.process_index * len(inputs)
+            mine = slice(start, start + len(inputs))
+            output["advantages"] = output["advantages"] * self.inferred.weights[mine]
+            output["kl_scale"] = self.inferred.kl_scale[mine]  # TRL shuffles and splits it along
+        return output
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        beta = self.beta
+        if "kl_scale" in inputs:
+            self.beta = RowwiseBeta(beta, inputs["kl_scale"])  # GRPO penalises the loss
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self.beta = beta
+
+
+class GroupInvariantGRPOTrainer(GroupInvariantMixin, GRPOTrainer):
+    """trl.GRPOTrainer with `invariance`, `baseline_column` and `fused_head`."""
+
+
+class GroupInvariantRLOOTrainer(GroupInvariantMixin, RLOOTrainer):
+    """trl.RLOOTrainer with `invariance`, `baseline_column` and `fused_head`."""
