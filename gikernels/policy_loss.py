@@ -162,7 +162,7 @@ def _add_gradients(
     g_entropy = None
     if recipe.entropy_coef:
         g_entropy = torch.full_like(g_logprob, -recipe.entropy_coef) * scale
-    grads = row_grads(pick(tokens.targets), stats, g_logprob, g_entropy, None)
+    grads = row_grads(pick(tokens.targets), stats, pick(logprobs), g_logprob, g_entropy, None)
     back = grads.factor * head.logit_scale / temperature
     outer = head.outer(temperature)
     dx = None if all_dx is None else torch.zeros_like(x)
