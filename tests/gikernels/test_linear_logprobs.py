@@ -297,7 +297,7 @@ def test_forward_is_one_launch(device, monkeypatch):
 
 
 class Allocations(TorchDispatchMode):
-    """Shapes of all floats that any operation returns, those inside our custom operations too."""
+    """Shapes of all floats that any operation makes, those inside ours too; views are not made."""
 
     def __init__(self):
         super().__init__()
@@ -310,10 +310,15 @@ class Allocations(TorchDispatchMode):
             with self:
                 return inner._init_fn(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
+        given = {storage(x) for x in args if isinstance(x, torch.Tensor)}
         for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor) and x.is_floating_point():
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and storage(x) not in given:
                 self.shapes.add(tuple(x.shape))
         return out
+
+
+def storage(x):
+    return x.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("weight_grad", [True, False])
@@ -326,14 +331,10 @@ def test_no_tensor_of_rows_by_vocabulary(backend, device, weight_grad):
         out = linear_logprobs(*args, **keywords, backend=backend)
         sum(x.sum() for x in out).backward()
     largest = max(torch.Size(s).numel() for s in seen.shapes)
-    print([s for s in seen.shapes if torch.Size(s).numel() > 20000])
     assert (n, d) in seen.shapes  # what happens inside the operations is seen
     assert largest < n * v / 2 and largest <= max(size // 4, v * max(d, 24))
-    # A frozen weight costs no dW: nothing of its shape, nor of a slab's, is ever made.
-    if not weight_grad:
-        assert args[1].grad is None
-    elif backend == "triton":
-        assert (v, d) in seen.shapes
+    # A frozen weight costs no dW, nor any part of one.
+    assert ((v, d) in seen.shapes) == weight_grad
 
 
 PEAK = """
@@ -350,9 +351,8 @@ def plain(hidden, weight, targets):
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 f = plain if sys.argv[1] == "plain" else gikernels.linear_logprobs
-warm = f(hidden[:4], weight[:64], targets[:4] % 64)  # the libraries' own buffers
-(warm[0].sum() + warm[1].sum()).backward()
-hidden.grad = weight.grad = None
+few = torch.randn(64, d).requires_grad_()  # what the libraries allocate once
+sum(x.sum() for x in f(few[:4], few, targets[:4] % 64)[:2]).backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 logprobs, entropy = f(hidden, weight, targets)[:2]
 (logprobs.sum() + 0.1 * entropy.sum()).backward()
@@ -366,7 +366,7 @@ def test_cpu_peak_memory_is_at_most_12_percent_of_plain_torch():
         name: json.loads(subprocess.check_output([sys.executable, "-c", PEAK, name], text=True))
         for name in ("plain", "ours")
     }
-    print(f"peak extra memory, MiB: { ({k: x // 1024 for k, x in peak.items()}) }")
+    print(f"peak extra memory, KiB: {peak}, {peak['ours'] / peak['plain']:.1%}")
     assert peak["ours"] <= 0.12 * peak["plain"], peak
 
 
