@@ -252,6 +252,7 @@ class RowGrads(NamedTuple):
     targets: Tensor
     peak: Tensor
     total: Tensor
+    target_u: Tensor  # of the target's logit, as the forward had it
     ref_peak: Tensor | None
     g_logprob: Tensor
     per_u: Tensor | None  # None where only the log-probability has a gradient
@@ -270,6 +271,7 @@ class RowGrads(NamedTuple):
 def row_grads(
     targets: Tensor,
     stats: RowStats,
+    logprob: Tensor,
     g_logprob: Tensor,
     g_entropy: Tensor | None,
     g_kl: Tensor | None,
@@ -281,27 +283,16 @@ def row_grads(
 
     dz = g_logprob 1[t] + p (constant + per_u * u + per_ref_u * ref_u)
     """
-    if g_entropy is None and g_kl is None:
-        return RowGrads(targets, stats.peak, stats.total, None, g_logprob, None, None, None)
-    zero = torch.zeros_like(g_logprob)
-    g_entropy = zero if g_entropy is None else g_entropy
     log_total = stats.total.log()
+    first = (targets, stats.peak, stats.total, logprob + log_total)
+    if g_entropy is None and g_kl is None:
+        return RowGrads(*first, None, g_logprob, None, None, None)
+    g_entropy = torch.zeros_like(g_logprob) if g_entropy is None else g_entropy
     constant = -g_logprob - g_entropy * (stats.entropy - log_total)
     if g_kl is None:
-        return RowGrads(
-            targets, stats.peak, stats.total, None, g_logprob, -g_entropy, None, constant
-        )
+        return RowGrads(*first, None, g_logprob, -g_entropy, None, constant)
     constant = constant + g_kl * (stats.ref_total.log() - log_total - stats.kl)
-    return RowGrads(
-        targets,
-        stats.peak,
-        stats.total,
-        stats.ref_peak,
-        g_logprob,
-        g_kl - g_entropy,
-        -g_kl,
-        constant,
-    )
+    return RowGrads(*first, stats.ref_peak, g_logprob, g_kl - g_entropy, -g_kl, constant)
 
 
 def dlogits_(
@@ -318,6 +309,14 @@ def dlogits_(
     """
     slope = None if outer is None else (z / outer).square_().neg_().add_(1)
     z.sub_(rows.peak.unsqueeze(1)).clamp_(min=FLOOR)
+    # Where the policy is confident, 1 - p[target] is far smaller than the rounding of a logit: the
+    # target's must be the one that the row's total was made of, not one computed again.
+    local = rows.targets - start
+    at = local.clamp(0, z.shape[1] - 1)
+    inside, column = local == at, at.unsqueeze(1)
+    z.scatter_(
+        1, column, torch.where(inside.unsqueeze(1), rows.target_u.unsqueeze(1), z.gather(1, column))
+    )
     if rows.per_u is None or rows.constant is None:
         # p (-g_logprob) + g_logprob 1[t] = factor * (exp(u) - total 1[t]): no pass for the gradient
         z.exp_()
@@ -330,7 +329,5 @@ def dlogits_(
             z.addcmul_(ref_z, rows.per_ref_u.unsqueeze(1))
         z.mul_(e)
         at_target = rows.g_logprob * rows.total
-    local = rows.targets - start
-    at = local.clamp(0, z.shape[1] - 1)
-    z.scatter_add_(1, at.unsqueeze(1), torch.where(local == at, at_target, 0).unsqueeze(1))
+    z.scatter_add_(1, column, torch.where(inside, at_target, 0).unsqueeze(1))
     return z if slope is None else z.mul_(slope)

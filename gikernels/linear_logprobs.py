@@ -241,6 +241,7 @@ def _backward_op(
     g_logprobs: Tensor | None,  # (N)
     g_entropy: Tensor | None,  # (N)
     g_kl: Tensor | None,  # (N)
+    logprobs: Tensor,  # (N), as stats from the forward
     stats: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -277,7 +278,7 @@ def _backward_op(
     g_logprob = hidden.new_zeros(len(rows), dtype=dtype) if g[0] is None else g[0]
     if g[2] is None:  # then the reference's logits are not needed
         ref_hidden = ref_weight = None
-    x, target = pick(hidden), pick(targets)
+    x, target, logprob = pick(hidden), pick(targets), pick(logprobs)
     ref_x = None if ref_hidden is None else pick(ref_hidden)
     temperatures = None if temperatures is None else pick(temperatures)
     row_stats = RowStats(*(stats[i][rows] if i < len(stats) else stats[:0, 0] for i in range(6)))
@@ -291,7 +292,7 @@ def _backward_op(
 
         linear_logprobs_triton.backward(
             x, weight, target, temperature, temperatures, bias, softcap, logit_scale,
-            ref_x, ref_weight, row_stats, g_logprob, g[1], g[2], dx, dw, db,
+            ref_x, ref_weight, row_stats, logprob, g_logprob, g[1], g[2], dx, dw, db,
         )  # fmt: skip
     else:
         _backward_chunked(
@@ -300,7 +301,7 @@ def _backward_op(
             Head(weight, bias, softcap, logit_scale),
             ref_x,
             None if ref_weight is None else Head(ref_weight, None, softcap, logit_scale),
-            row_grads(target.long(), row_stats, g_logprob, g[1], g[2]),
+            row_grads(target.long(), row_stats, logprob, g_logprob, g[1], g[2]),
             dx,
             dw,
             db,
@@ -322,8 +323,8 @@ def _gradients(
 
 @_backward_op.register_fake
 def _(
-    g_logprobs, g_entropy, g_kl, stats, hidden, weight, targets, temperature, temperatures, bias,
-    softcap, logit_scale, ref_hidden, ref_weight, ignore_index, backend, wanted,
+    g_logprobs, g_entropy, g_kl, logprobs, stats, hidden, weight, targets, temperature,
+    temperatures, bias, softcap, logit_scale, ref_hidden, ref_weight, ignore_index, backend, wanted,
 ):  # fmt: skip
     return _gradients(hidden, weight, bias, wanted)
 
@@ -332,18 +333,23 @@ def _setup(ctx, inputs, output):
     hidden, weight, targets, _, temperatures, bias, _, _, ref_hidden, ref_weight, _, _ = inputs
     ctx.numbers = (inputs[3], inputs[6], inputs[7], inputs[10], inputs[11])
     ctx.save_for_backward(
-        hidden, weight, targets, temperatures, bias, ref_hidden, ref_weight, output[3]
+        hidden, weight, targets, temperatures, bias, ref_hidden, ref_weight, output[0], output[3]
     )
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, g_logprobs, g_entropy, g_kl, g_stats):
-    hidden, weight, targets, temperatures, bias, ref_hidden, ref_weight, stats = ctx.saved_tensors
+    (
+        hidden, weight, targets, temperatures, bias, ref_hidden, ref_weight, logprobs, stats
+    ) = ctx.saved_tensors  # fmt: skip
     temperature, softcap, logit_scale, ignore_index, backend = ctx.numbers
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 5)]
+    if ref_hidden is None:  # kl is empty; torch.compile hands over an empty gradient of it
+        g_kl = None
     dhidden, dweight, dbias = _backward_op(
-        g_logprobs, g_entropy, g_kl, stats, hidden, weight, targets, temperature, temperatures,
-        bias, softcap, logit_scale, ref_hidden, ref_weight, ignore_index, backend, wanted,
+        g_logprobs, g_entropy, g_kl, logprobs, stats, hidden, weight, targets, temperature,
+        temperatures, bias, softcap, logit_scale, ref_hidden, ref_weight, ignore_index, backend,
+        wanted,
     )  # fmt: skip
     grads = [g if want else None for g, want in zip((dhidden, dweight, dbias), wanted)]
     return (grads[0], grads[1], None, None, None, grads[2], *(None,) * 6)

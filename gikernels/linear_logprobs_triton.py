@@ -301,18 +301,21 @@ def _store_dlogits(
     z = tiles.final_of_raw(raw, bias, cols, V, inner, row_outer, SOFTCAP)
     # Peak and log(total) one after the other: their sum would round at a large offset.
     log_p = z - _row(per_row, 0, rows, N) - _row(per_row, 1, rows, N)
+    # The target's is the forward's: 1 - p of a confident policy is smaller than z's rounding.
     target = tl.load(targets + rows, mask=rows < N, other=-1).to(tl.int64)
+    is_target = cols[None, :] == target[:, None]
+    log_p = tl.where(is_target, _row(per_row, 5, rows, N), log_p)
     grad = tiles.dlogits(
         log_p,
-        cols[None, :] == target[:, None],
+        is_target,
         _row(per_row, 2, rows, N),
         _row(per_row, 3, rows, N),
         _row(per_row, 4, rows, N),
     )
     if ref_raw is not None:
         ref_z = tiles.final_of_raw(ref_raw, None, cols, V, inner, row_outer, SOFTCAP)
-        log_q = ref_z - _row(per_row, 5, rows, N) - _row(per_row, 6, rows, N)
-        grad += tiles.dlogits_kl(log_p, log_q, _row(per_row, 7, rows, N), _row(per_row, 8, rows, N))
+        log_q = ref_z - _row(per_row, 6, rows, N) - _row(per_row, 7, rows, N)
+        grad += tiles.dlogits_kl(log_p, log_q, _row(per_row, 8, rows, N), _row(per_row, 9, rows, N))
     grad *= tiles.logit_slope(z, inner, row_outer, SOFTCAP)
     # 64 bits for where the tile starts, 32 within it: half the registers for addresses.
     start = dz + row.to(tl.int64) * dz_n + (col - col_start)
@@ -328,7 +331,7 @@ def _dlogits_kernel(
     targets,  # (N)
     bias,  # (V) or None
     temperatures,  # (N) or None
-    per_row,  # (5, N) or (9, N) fp32, see `_per_row`
+    per_row,  # (6, N) or (10, N) fp32, see `_per_row`
     dz,  # (N, col_end - col_start) out, rows dz_n apart
     N,
     V,
@@ -383,9 +386,13 @@ def _dlogits_kernel(
 
 
 def _per_row(
-    stats: RowStats, g_logprob: Tensor, g_entropy: Tensor | None, g_kl: Tensor | None
+    stats: RowStats,
+    logprob: Tensor,
+    g_logprob: Tensor,
+    g_entropy: Tensor | None,
+    g_kl: Tensor | None,
 ) -> Tensor:
-    """What the dZ kernel needs to know of each row: (5, n), with a gradient of the KL (9, n)."""
+    """What the dZ kernel needs to know of each row: (6, n), with a gradient of the KL (10, n)."""
     none = torch.zeros_like(g_logprob)
     rows = [
         stats.peak,
@@ -393,6 +400,7 @@ def _per_row(
         g_logprob,
         none if g_entropy is None else g_entropy,
         stats.entropy,
+        logprob,
     ]
     if g_kl is not None:
         rows += [stats.ref_peak, stats.ref_total.log(), g_kl, stats.kl]
@@ -422,6 +430,7 @@ def backward(
     ref_hidden: Tensor | None,  # None where the KL has no gradient
     ref_weight: Tensor | None,
     stats: RowStats,
+    logprob: Tensor,
     g_logprob: Tensor,
     g_entropy: Tensor | None,
     g_kl: Tensor | None,
@@ -434,7 +443,7 @@ def backward(
     n, v, device = len(hidden), len(weight), hidden.device
     targets = targets.contiguous()
     bias, temperatures = tiles.contiguous(bias), tiles.contiguous(temperatures)
-    per_row = _per_row(stats, g_logprob, g_entropy, g_kl)
+    per_row = _per_row(stats, logprob, g_logprob, g_entropy, g_kl)
     block = tiles.blocks_for(hidden, weight, ref_hidden, ref_weight)
     dz_dtype = tiles.scratch_dtype(hidden)
     tall, wide = _slab_shape(n, v, workspace_for(device) // dz_dtype.itemsize)

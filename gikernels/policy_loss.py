@@ -15,6 +15,7 @@ half is policy_loss_triton.py.
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -69,10 +70,10 @@ class Recipe(NamedTuple):
     def slope(self, logprobs: Tensor, tokens: Tokens) -> Tensor:
         """d loss / d logprobs of each token, before the division by denom."""
         old, advantages = tokens.old_logprobs, tokens.advantages
-        _, ratio, clipped = reference.ppo_terms(
+        loss, ratio, clipped = reference.ppo_terms(
             logprobs, old, advantages, self.clip_low, self.clip_high, self.dual_clip
         )
-        slope = torch.where(clipped, 0, -ratio * advantages)
+        slope = torch.where(clipped & ~loss.isnan(), 0, -ratio * advantages)
         if tokens.ref_logprobs is None or self.kl_coef == 0:
             return slope
         d = logprobs - tokens.ref_logprobs
@@ -162,7 +163,7 @@ def _add_gradients(
     g_entropy = None
     if recipe.entropy_coef:
         g_entropy = torch.full_like(g_logprob, -recipe.entropy_coef) * scale
-    grads = row_grads(pick(tokens.targets), stats, g_logprob, g_entropy, None)
+    grads = row_grads(pick(tokens.targets), stats, pick(logprobs), g_logprob, g_entropy, None)
     back = grads.factor * head.logit_scale / temperature
     outer = head.outer(temperature)
     dx = None if all_dx is None else torch.zeros_like(x)
@@ -251,15 +252,11 @@ def _op(
     if dx is not None and len(kept) < len(mask):
         dx = torch.zeros(hidden.shape, dtype=dtype, device=dx.device).index_copy_(0, kept, dx)
     saved = _saved_dtype(weight)
-    none = hidden.new_empty(0, dtype=saved)
-    loss, metrics = _total(logprobs, entropy, tokens, recipe, denom)
-    return (
-        loss,
-        metrics,
-        none.to(dtype) if dx is None else dx,
-        none if dw is None else dw.to(saved),
-        none if db is None else db.to(saved),
+    dx, dw, db = (
+        hidden.new_empty(0, dtype=d) if x is None else x.to(d)
+        for x, d in zip((dx, dw, db), (dtype, saved, saved))
     )
+    return *_total(logprobs, entropy, tokens, recipe, denom), dx, dw, db
 
 
 def _saved_dtype(weight: Tensor) -> torch.dtype:
@@ -314,8 +311,10 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
     ctx.numbers = [None if isinstance(x, Tensor) else x for x in inputs]
     # Not saved tensors: the first backward multiplies them in place, as a second dW of 1 GB at
-    # 128256 x 4096 is more than the workspace.
+    # 128256 x 4096 is more than the workspace. Weak references tell whether anybody else can see
+    # them; linear_policy_loss drops them.
     ctx.gradients = [x.detach() for x in output[2:]]
+    ctx.seen = [weakref.ref(x) for x in output[2:]]
     ctx.set_materialize_grads(False)
 
 
@@ -328,21 +327,23 @@ def _backward(ctx, g_loss, *_):
     if g_loss is None:
         return (None,) * len(inputs)
     gradients, ctx.gradients = ctx.gradients, None
+    in_place = all(ref() is None for ref in ctx.seen)
     if gradients is None:  # retain_graph: they were handed out, and are computed again
-        gradients = _op(*inputs)[2:]
+        gradients, in_place = _op(*inputs)[2:], True
     factor = g_loss / denom if hidden.dtype == torch.float16 else g_loss
     out: list[Tensor | None] = [None] * len(inputs)
     for i, x, gradient, yes in zip((0, 1, 16), (hidden, weight, bias), gradients, wanted):
         if yes:
-            out[i] = _scaled(gradient, factor, x.dtype)
+            out[i] = _scaled(gradient, factor, x.dtype, in_place)
     return tuple(out)
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor, rounded once, in place where the precision allows it."""
-    # One dimension more than a number has, so that fp32 factors are not rounded to bf16 first.
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+    """gradient * factor, rounded once; in place where allowed and of the same precision."""
+    # One dimension more than a number has, so that an fp32 factor is not rounded to bf16 first.
     factor = factor.reshape((1,) * gradient.dim())
-    if gradient.dtype == dtype:
+    # What torch.compile traces is no plain tensor; there the compiler decides what is in place.
+    if gradient.dtype == dtype and in_place and type(gradient) is Tensor:
         return torch.mul(gradient, factor, out=gradient)
     return (gradient * factor).to(dtype)
 

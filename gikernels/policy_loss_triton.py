@@ -249,7 +249,7 @@ def _chunk_shape(
     fit = max(1, workspace // (wide * itemsize + 3 * 4 * segments))
     if fit > block.rows:
         fit = fit // block.rows * block.rows
-    return min(n, fit), wide
+    return max(1, min(n, fit)), wide
 
 
 def _exps(
