@@ -4,7 +4,9 @@
 """
 
 from gikernels.dispatch import BackendStatus, BackendUnavailable, backends
+from gikernels.linear_logprobs import linear_logprobs
 from gikernels.logprobs import logprobs
+from gikernels.policy_loss import linear_policy_loss
 from gikernels.reference import (
     Experience,
     Gae,
@@ -26,5 +28,7 @@ __all__ = [
     "SoftGroups",
     "TokenStats",
     "backends",
+    "linear_logprobs",
+    "linear_policy_loss",
     "logprobs",
 ]

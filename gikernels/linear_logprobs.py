@@ -25,11 +25,13 @@ from gikernels.head import (
     RowStats,
     accumulator,
     autocast,
+    check_values,
     choose_backend,
     dlogits_,
     full_precision,
     head_arguments,
     merge,
+    pick_target,
     row_grads,
     scratch,
     spans,
@@ -61,17 +63,15 @@ def _forward_rows(
 ) -> tuple[Tensor, RowStats]:
     """The target's logit minus the row's peak, and the statistics, of a few rows."""
     dtype, all_rows = temperature.dtype, slice(0, len(x))
-    z, spare, ref_z = scratch(x, len(x) * wide, 3, dtype)
+    z, spare, *ref_z = scratch(x, len(x) * wide, 2 if ref_head is None else 3, dtype)
     target_z = torch.full_like(temperature, torch.nan)
     stats = None
     for cols in spans(len(head.weight), wide):
         tile = head.columns(cols, dtype).logits(x, temperature, view(z, all_rows, cols))
-        inside = (targets >= cols.start) & (targets < cols.stop)
-        at = (targets - cols.start).clamp(0, tile.shape[1] - 1).unsqueeze(1)
-        target_z = torch.where(inside, tile.gather(1, at).squeeze(1), target_z)
+        target_z = pick_target(target_z, tile, targets, cols.start)
         ref_tile = None
         if ref_head is not None and ref_x is not None:
-            ref_tile = view(ref_z, all_rows, cols)
+            ref_tile = view(ref_z[0], all_rows, cols)
             ref_head.columns(cols, dtype).logits(ref_x, temperature, ref_tile)
         new = tile_stats_(tile, view(spare, all_rows, cols), ref_tile)
         stats = new if stats is None else merge(stats, new)
@@ -125,7 +125,7 @@ def _backward_chunked(
     """Fills dx, dw and db where they are wanted."""
     n, v, dtype = len(hidden), len(head.weight), temperature.dtype
     tall, wide = _tile(n, v, hidden, dtype)
-    z, spare, ref_z = scratch(hidden, tall * wide, 3, dtype)
+    z, spare, *ref_z = scratch(hidden, tall * wide, 2 if ref_head is None else 3, dtype)
     outer = head.outer(temperature)
     back = grads.factor * head.logit_scale / temperature
     for cols in spans(v, wide):
@@ -137,7 +137,7 @@ def _backward_chunked(
             x, t = hidden[rows].to(dtype), temperature[rows]
             ref_tile = None
             if ref_slab is not None and ref_hidden is not None:
-                ref_tile = view(ref_z, rows, cols)
+                ref_tile = view(ref_z[0], rows, cols)
                 ref_slab.logits(ref_hidden[rows].to(dtype), t, ref_tile)
             tile = dlogits_(
                 slab.logits(x, t, view(z, rows, cols)),
@@ -203,7 +203,10 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logprobs, entropy, kl (empty without a reference), and statistics for the backward."""
     if hidden.device.type == "cpu":
-        _check_values(targets, temperatures, len(weight), ignore_index)
+        kept = targets != ignore_index
+        check_values(
+            targets[kept], None if temperatures is None else temperatures[kept], len(weight)
+        )
     if backend == "triton":
         from gikernels import linear_logprobs_triton
 
@@ -230,16 +233,6 @@ def _(
     ref_weight, ignore_index, backend,
 ):  # fmt: skip
     return _outputs(hidden, ref_hidden, stat_dtype(hidden, weight))
-
-
-def _check_values(targets: Tensor, temperatures: Tensor | None, v: int, ignore_index: int) -> None:
-    """On a CPU values can be looked at; on a GPU it would mean to wait for them."""
-    kept = targets != ignore_index
-    bad = ((targets < 0) | (targets >= v)) & kept
-    if bad.any():
-        raise checks.wrong("targets", targets[bad][0].item(), f"0 <= target < {v} or ignore_index")
-    if temperatures is not None and (temperatures[kept] <= 0).any():
-        raise checks.wrong("temperature", temperatures[kept].min().item(), "numbers > 0")
 
 
 @torch.library.custom_op("gikernels::linear_logprobs_backward", mutates_args=())

@@ -18,27 +18,7 @@ from gikernels import tiles
 from gikernels.head import RowStats, spans
 from gikernels.settings import workspace_for
 
-GROUP = 16  # row blocks that share a slab of the weight: 16 x 128 x 4096 bf16 are 16 MB of hidden
-
 # --- forward ------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _row_outer(temperatures, rows, N, outer):
-    """`outer` of final_logits: a number, or (ROWS, 1) where each row has a temperature."""
-    if temperatures is not None:
-        t = tl.load(temperatures + rows, mask=rows < N, other=1.0).to(tl.float32)
-        return (outer / t)[:, None]
-    else:
-        return outer
-
-
-@triton.jit
-def _final(raw, bias, cols, V, inner, outer, SOFTCAP: tl.constexpr):
-    """Final logits of a tile of products."""
-    if bias is not None:
-        raw += tl.load(bias + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
-    return tiles.final_logits(raw, inner, outer, SOFTCAP)
 
 
 @triton.jit
@@ -57,8 +37,6 @@ def _load_partial(partials, index, rows, N):
 def _forward_kernel(
     x,  # (N, D), or its descriptor
     w,  # (V, D)
-    ref_x,  # (N, D'), None without a reference
-    ref_w,  # (V, D')
     targets,  # (N)
     bias,  # (V) or None
     temperatures,  # (N) or None
@@ -71,15 +49,10 @@ def _forward_kernel(
     N,
     V,
     D,
-    ref_D,
     x_n,
     x_d,
     w_v,
     w_d,
-    ref_x_n,
-    ref_x_d,
-    ref_w_v,
-    ref_w_d,
     splits,
     inner,
     outer,
@@ -91,7 +64,14 @@ def _forward_kernel(
     GROUP: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
-    ref_PRECISION: tl.constexpr,
+    ref_x=None,  # (N, D')
+    ref_w=None,  # (V, D')
+    ref_D=0,
+    ref_x_n=0,
+    ref_x_d=0,
+    ref_w_v=0,
+    ref_w_d=0,
+    ref_PRECISION: tl.constexpr = "ieee",
 ):
     """Work is cut into row blocks x splits of the vocabulary. A program walks one split of one row
     block with the statistics in registers and leaves them in `partials`; the last of a row block to
@@ -106,7 +86,7 @@ def _forward_kernel(
         rows = row + tl.arange(0, ROWS)
         target = tl.load(targets + rows, mask=rows < N, other=0).to(tl.int64)
         kept = (rows < N) & (target != ignore_index)
-        row_outer = _row_outer(temperatures, rows, N, outer)
+        row_outer = tiles.row_outer(temperatures, rows, N, outer)
 
         peak = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
@@ -124,7 +104,7 @@ def _forward_kernel(
             z = tiles.product_tile(
                 x, w, row, col, N, V, D, x_n, x_d, w_v, w_d, ROWS, COLS, DEPTH, TMA, PRECISION
             )
-            z = _final(z, bias, cols, V, inner, row_outer, SOFTCAP)
+            z = tiles.final_of_raw(z, bias, cols, V, inner, row_outer, SOFTCAP)
             z = tl.where((cols < V)[None, :], z, float("-inf"))
             target_z += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
             if HAS_REF:
@@ -132,7 +112,7 @@ def _forward_kernel(
                     ref_x, ref_w, row, col, N, V, ref_D, ref_x_n, ref_x_d, ref_w_v, ref_w_d,
                     ROWS, COLS, DEPTH, TMA, ref_PRECISION,
                 )  # fmt: skip
-                ref_z = _final(ref_z, None, cols, V, inner, row_outer, SOFTCAP)
+                ref_z = tiles.final_of_raw(ref_z, None, cols, V, inner, row_outer, SOFTCAP)
                 ref_z = tl.where((cols < V)[None, :], ref_z, float("-inf"))
                 ref_peak, ref_total, cross = tiles.absorb_ref(
                     peak, total, ref_peak, ref_total, cross, z, ref_z
@@ -228,32 +208,6 @@ def _arrivals(device: torch.device, row_blocks: int) -> Tensor:
     return _counters[key]
 
 
-def _products(
-    x: Tensor, w: Tensor, ref_x: Tensor | None, ref_w: Tensor | None, block: tiles.Blocks
-) -> dict[str, Any]:
-    """The kernels' arguments that say what is multiplied, and how."""
-    given: dict[str, Any] = {
-        "N": len(x),
-        "V": len(w),
-        "ROWS": block.rows,
-        "COLS": block.cols,
-        "DEPTH": block.depth,
-        "GROUP": GROUP,
-        "TMA": block.tma,
-        "num_warps": block.num_warps,
-        "num_stages": block.num_stages,
-        **tiles.product_arguments("", x, w, block),
-    }
-    if ref_x is None or ref_w is None:
-        return given | tiles.no_product_arguments("ref_")
-    return given | tiles.product_arguments("ref_", ref_x, ref_w, block)
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    """Vectors are read at stride 1; hidden states and weights at whatever strides they have."""
-    return None if x is None else x.contiguous()
-
-
 def forward(
     hidden: Tensor,
     weight: Tensor,
@@ -276,7 +230,7 @@ def forward(
     if n == 0:
         return
     targets = targets.contiguous()
-    bias, temperatures = _contiguous(bias), _contiguous(temperatures)
+    bias, temperatures = tiles.contiguous(bias), tiles.contiguous(temperatures)
     block = tiles.blocks_for(hidden, weight, ref_hidden, ref_weight)
     row_blocks, col_tiles = -(-n // block.rows), -(-v // block.cols)
     splits = _splits(row_blocks, col_tiles, tiles.programs(device, 1 << 30))
@@ -284,7 +238,7 @@ def forward(
     inner, outer = tiles.transform_constants(logit_scale, softcap, temperature)
     with tiles.on(device):
         _forward_kernel[(tiles.programs(device, row_blocks * splits),)](
-            **_products(hidden, weight, ref_hidden, ref_weight, block),
+            **tiles.launch_arguments(block, hidden, weight, ref_hidden, ref_weight),
             targets=targets,
             bias=bias,
             temperatures=temperatures,
@@ -343,8 +297,8 @@ def _store_dlogits(
 ):  # fmt: skip
     rows = row + tl.arange(0, raw.shape[0])
     cols = col + tl.arange(0, raw.shape[1])
-    row_outer = _row_outer(temperatures, rows, N, outer)
-    z = _final(raw, bias, cols, V, inner, row_outer, SOFTCAP)
+    row_outer = tiles.row_outer(temperatures, rows, N, outer)
+    z = tiles.final_of_raw(raw, bias, cols, V, inner, row_outer, SOFTCAP)
     # Peak and log(total) one after the other: their sum would round at a large offset.
     log_p = z - _row(per_row, 0, rows, N) - _row(per_row, 1, rows, N)
     target = tl.load(targets + rows, mask=rows < N, other=-1).to(tl.int64)
@@ -356,7 +310,7 @@ def _store_dlogits(
         _row(per_row, 4, rows, N),
     )
     if ref_raw is not None:
-        ref_z = _final(ref_raw, None, cols, V, inner, row_outer, SOFTCAP)
+        ref_z = tiles.final_of_raw(ref_raw, None, cols, V, inner, row_outer, SOFTCAP)
         log_q = ref_z - _row(per_row, 5, rows, N) - _row(per_row, 6, rows, N)
         grad += tiles.dlogits_kl(log_p, log_q, _row(per_row, 7, rows, N), _row(per_row, 8, rows, N))
     grad *= tiles.logit_slope(z, inner, row_outer, SOFTCAP)
@@ -371,8 +325,6 @@ def _store_dlogits(
 def _dlogits_kernel(
     x,  # (N, D), or its descriptor
     w,  # (V, D)
-    ref_x,  # (N, D'), None where the KL has no gradient
-    ref_w,  # (V, D')
     targets,  # (N)
     bias,  # (V) or None
     temperatures,  # (N) or None
@@ -381,15 +333,10 @@ def _dlogits_kernel(
     N,
     V,
     D,
-    ref_D,
     x_n,
     x_d,
     w_v,
     w_d,
-    ref_x_n,
-    ref_x_d,
-    ref_w_v,
-    ref_w_d,
     dz_n,
     col_start,
     col_end,
@@ -402,8 +349,15 @@ def _dlogits_kernel(
     GROUP: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
-    ref_PRECISION: tl.constexpr,
     PARTS: tl.constexpr,
+    ref_x=None,  # (N, D')
+    ref_w=None,  # (V, D')
+    ref_D=0,
+    ref_x_n=0,
+    ref_x_d=0,
+    ref_w_v=0,
+    ref_w_d=0,
+    ref_PRECISION: tl.constexpr = "ieee",
 ):
     """The gradient of hidden @ weight.T + bias for a slab of the vocabulary."""
     row_blocks = tl.cdiv(N, ROWS)
@@ -479,7 +433,7 @@ def backward(
     dX += dZ @ weight[slab] and dW[slab] = dZ.T @ hidden."""
     n, v, device = len(hidden), len(weight), hidden.device
     targets = targets.contiguous()
-    bias, temperatures = _contiguous(bias), _contiguous(temperatures)
+    bias, temperatures = tiles.contiguous(bias), tiles.contiguous(temperatures)
     per_row = _per_row(stats, g_logprob, g_entropy, g_kl)
     block = tiles.blocks_for(hidden, weight, ref_hidden, ref_weight)
     dz_dtype = tiles.scratch_dtype(hidden)
@@ -499,7 +453,7 @@ def backward(
             ref_x = None if ref_hidden is None else ref_hidden[rows]
             with tiles.on(device):
                 _dlogits_kernel[(tiles.programs(device, row_blocks * col_tiles),)](
-                    **_products(x, weight, ref_x, ref_weight, block),
+                    **tiles.launch_arguments(block, x, weight, ref_x, ref_weight),
                     targets=targets[rows],
                     bias=bias,
                     temperatures=None if temperatures is None else temperatures[rows],
@@ -555,4 +509,4 @@ def aot_cases(arch: int | str) -> Iterator[dict[str, Any]]:
     }
     for fn, others in outputs.items():
         for name, options in variants:
-            yield tiles.aot_case(fn, f"{fn.__name__[1:]}_{name}", arch, others, GROUP, **options)
+            yield tiles.aot_case(fn, f"{fn.__name__[1:]}_{name}", arch, others, **options)

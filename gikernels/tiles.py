@@ -228,6 +228,24 @@ def product_tile(
 
 
 @triton.jit
+def row_outer(temperatures, rows, N, outer):
+    """`outer` of final_logits: a number, or (ROWS, 1) where each row has a temperature."""
+    if temperatures is not None:
+        t = tl.load(temperatures + rows, mask=rows < N, other=1.0).to(tl.float32)
+        return (outer / t)[:, None]
+    else:
+        return outer
+
+
+@triton.jit
+def final_of_raw(raw, bias, cols, V, inner, outer, SOFTCAP: tl.constexpr):
+    """Final logits of a tile of products."""
+    if bias is not None:
+        raw += tl.load(bias + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
+    return final_logits(raw, inner, outer, SOFTCAP)
+
+
+@triton.jit
 def grouped(item, row_blocks, col_blocks, GROUP: tl.constexpr):
     """(row block, column block): the rows of a group first, so that the programs that run at one
     time read few rows of hidden and few of weight, and share them in the second-level cache."""
@@ -246,6 +264,8 @@ def halves(tile):
 
 
 # --- launching ----------------------------------------------------------------------------------
+
+GROUP = 16  # row blocks that share a slab of the weight: 16 x 128 x 4096 bf16 are 16 MB of hidden
 
 
 class Blocks(NamedTuple):
@@ -280,7 +300,9 @@ def blocks(arch: int | str, itemsize: int, products: int, aligned: bool) -> Bloc
     return Blocks(128, 128 // products, 32, 8, 3 if isinstance(arch, int) else 2, 2, tma)
 
 
-def blocks_for(x: Tensor, w: Tensor, ref_x: Tensor | None, ref_w: Tensor | None) -> Blocks:
+def blocks_for(
+    x: Tensor, w: Tensor, ref_x: Tensor | None = None, ref_w: Tensor | None = None
+) -> Blocks:
     given = [t for t in (x, w, ref_x, ref_w) if t is not None]
     aligned = all(map(_tma_can_read, given))
     return blocks(arch_of(x.device), max(t.element_size() for t in given), len(given) // 2, aligned)
@@ -327,9 +349,34 @@ def product_arguments(prefix: str, x: Tensor, w: Tensor, block: Blocks) -> dict[
     return {prefix + name: value for name, value in values.items()}
 
 
-def no_product_arguments(prefix: str) -> dict[str, Any]:
-    none = {"x": None, "w": None, "D": 0, "x_n": 0, "x_d": 0, "w_v": 0, "w_d": 0}
-    return {prefix + name: value for name, value in {**none, "PRECISION": "ieee"}.items()}
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """Vectors are read at stride 1; hidden states and weights at whatever strides they have."""
+    return None if x is None else x.contiguous()
+
+
+def launch_arguments(
+    block: Blocks,
+    x: Tensor,
+    w: Tensor,
+    ref_x: Tensor | None = None,
+    ref_w: Tensor | None = None,
+) -> dict[str, Any]:
+    """A kernel's arguments that say what is multiplied, and how; `ref_*` with a reference only."""
+    given: dict[str, Any] = {
+        "N": len(x),
+        "V": len(w),
+        "ROWS": block.rows,
+        "COLS": block.cols,
+        "DEPTH": block.depth,
+        "GROUP": GROUP,
+        "TMA": block.tma,
+        "num_warps": block.num_warps,
+        "num_stages": block.num_stages,
+        **product_arguments("", x, w, block),
+    }
+    if ref_x is None or ref_w is None:
+        return given
+    return given | product_arguments("ref_", ref_x, ref_w, block)
 
 
 def _tma_can_read(x: Tensor) -> bool:
@@ -358,6 +405,13 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.addmm_(a.float(), b.float())
 
 
+def new_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32, also of 16-bit matrices."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
 def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out = a @ b, accumulated in fp32 and rounded once."""
     if not out.is_cuda:
@@ -379,13 +433,13 @@ def aot_case(
     name: str,
     arch: int | str,
     others: dict[str, str],
-    group: int,
     dtype: str = "bf16",
     ref: bool = False,
     softcap: bool = False,
     bias: bool = False,
     temperatures: bool = False,
     aligned: bool = True,
+    constexprs: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What triton.compile needs for a kernel over `product_tile`, at its default configuration.
 
@@ -393,16 +447,17 @@ def aot_case(
     D 4096, V 128256 would find it: every pointer and every size but N's ragged end.
     """
     block = blocks(arch, 4 if dtype == "fp32" else 2, 2 if ref else 1, aligned)
-    constexprs: dict[str, Any] = {
+    constexprs = {
         "SOFTCAP": softcap,
         "PARTS": block.parts,
         "ROWS": block.rows,
         "COLS": block.cols,
         "DEPTH": block.depth,
-        "GROUP": group,
+        "GROUP": GROUP,
         "TMA": block.tma,
         "PRECISION": "ieee",
         "ref_PRECISION": "ieee",
+        **(constexprs or {}),
     }
 
     def operand(rows: int) -> str:
