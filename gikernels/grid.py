@@ -9,6 +9,7 @@ without being cleared. Importing this module imports triton.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -64,9 +65,11 @@ def on(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def aot_case(fn, name: str, types: dict[str, str], constexprs: dict, num_warps: int = 4) -> dict:
-    """What triton.compile(ASTSource(...)) wants: arguments in lower case are fp32 pointers, in
-    upper case int32, unless `types` says otherwise; all are multiples of 16, as at a launch."""
+def aot_case(
+    fn: Any, name: str, types: dict[str, str], constexprs: dict[str, Any], **options: Any
+) -> dict[str, Any]:
+    """What triton.compile(ASTSource(...)) wants. Unless `types` says otherwise, arguments are fp32
+    pointers, or int32 where the name is in capitals or that of a stride; all multiples of 16."""
     signature, attrs = {}, {}
     for i, arg in enumerate(fn.arg_names):
         if arg in constexprs:
@@ -82,6 +85,7 @@ def aot_case(fn, name: str, types: dict[str, str], constexprs: dict, num_warps: 
         "signature": signature,
         "constexprs": constexprs,
         "attrs": attrs,
-        "num_warps": num_warps,
+        "num_warps": 4,
         "num_stages": 3,
+        **options,
     }
