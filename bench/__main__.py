@@ -4,7 +4,7 @@
     python -m bench --only logprobs      one op (or several, with commas)
     python -m bench --quick              a smoke run of a minute, anywhere
 
-First the tests of each op run (on a GPU those marked gpu, on a CPU the rest): while one is red, no
+First the tests of each op run (on a GPU those marked gpu too): while one is red, no
 speed is reported. Then every case of bench/cases.py is measured beside its peers in one interleaved
 run: median, 20 % and 80 % of the time, TFLOP/s or GB/s by a stated formula, the fraction of the
 plain matrix products or of a plain copy measured in the same run, peak extra memory, and the error
@@ -71,7 +71,7 @@ def machine(device: torch.device) -> dict:
 
 def tests_are_green(paths: list[str], on_gpu: bool) -> bool:
     """Runs pytest on them; on a CPU Triton's kernels are interpreted."""
-    marker = "gpu" if on_gpu else "not gpu and not vllm"
+    marker = "not vllm" if on_gpu else "not gpu and not vllm"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marker]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run([*command, *paths], cwd=ROOT, env=environment).returncode == 0
@@ -109,8 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     has_gpu = torch.cuda.is_available()
     device = torch.device(args.device or ("cuda" if has_gpu else "cpu"))
     size = "quick" if args.quick else "gpu" if device.type == "cuda" else "cpu"
-    wanted = [path for path in map(cases.TESTS.get, args.ops) if path and (ROOT / path).exists()]
-    paths = args.tests or wanted
+    wanted = dict.fromkeys(path for path in map(cases.TESTS.get, args.ops) if path)
+    paths = args.tests or [path for path in wanted if (ROOT / path).exists()]
     print(f"Tests first: {' '.join(paths)}", flush=True)
     if paths and not tests_are_green(paths, device.type == "cuda"):
         print("A test is red: no speed is reported.", file=sys.stderr)

@@ -24,6 +24,9 @@ from bench.peers import Contender, Inputs, Outputs
 from gikernels import reference
 
 Shape = dict[str, int]
+
+# What the work of a second is printed as.
+UNITS = {"FLOP": ("TFLOP/s", 1e12), "B": ("GB/s", 1e9), "value": ("Mvalue/s", 1e6)}
 FORWARD, BOTH = "forward", "forward + backward"
 
 
@@ -31,7 +34,7 @@ class Work(NamedTuple):
     """What a mode of a case has to do, and a bare loop of it to compare with in the same run."""
 
     amount: float
-    unit: str  # "FLOP" or "B"
+    unit: str  # of UNITS
     formula: str
     baseline_name: str
     baseline: Callable[[Inputs], Callable[[], Any]]
@@ -279,15 +282,16 @@ def experience(size: str) -> Iterator[Case]:
         )
 
 
-def groups(size: str) -> Iterator[Case]:
-    def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-        n, g, rng = shape["n"], shape["G"], generator(device)
-        return {
-            "values": torch.randn(n, device=device, generator=rng, dtype=dtype),
-            "group_ids": torch.randint(g, (n,), device=device, generator=rng),
-            "num_groups": g,
-        }
+def grouped_values(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    n, g, rng = shape["n"], shape["G"], generator(device)
+    return {
+        "values": torch.randn(n, device=device, generator=rng, dtype=dtype),
+        "group_ids": torch.randint(g, (n,), device=device, generator=rng),
+        "num_groups": g,
+    }
 
+
+def groups(size: str) -> Iterator[Case]:
     def specification(i: Inputs) -> Outputs:
         return reference.group_stats(i["values"], i["group_ids"], i["num_groups"])._asdict()
 
@@ -302,12 +306,68 @@ def groups(size: str) -> Iterator[Case]:
             "groups",
             shape,
             torch.float32,
-            inputs,
+            grouped_values,
             specification,
             (),
             peers.GROUPS,
             {FORWARD: copied(amount, "12 n (fp32 value, int64 id)")},
             {**shape, "n": min(shape["n"], 1 << 16)},
+        )
+
+
+def group_advantages(size: str) -> Iterator[Case]:
+    def specification(i: Inputs) -> Outputs:
+        a = reference.group_advantages(i["values"], i["group_ids"], i["num_groups"])
+        return {"advantages": a}
+
+    shapes = {
+        "gpu": ({"n": 4096, "G": 512}, {"n": 1 << 20, "G": 1 << 16}),
+        "cpu": ({"n": 4096, "G": 512},),
+        "quick": ({"n": 200, "G": 30},),
+    }
+    for shape in shapes[size]:
+        yield Case(
+            "group_advantages",
+            shape,
+            torch.float32,
+            grouped_values,
+            specification,
+            (),
+            peers.GROUP_ADVANTAGES,
+            {FORWARD: copied(16 * shape["n"], "16 n (fp32 in, int64 id, fp32 out)")},
+            {**shape, "n": min(shape["n"], 1 << 16)},
+        )
+
+
+# --- the exact partition ------------------------------------------------------------------------
+
+
+def partition(size: str) -> Iterator[Case]:
+    """bench_partition.py has more shapes and data, and the bars."""
+
+    def specification(i: Inputs) -> Outputs:
+        ids = reference.partition(i["values"], i["num_groups"]).group_ids
+        return peers.between_variance(i["values"], ids)
+
+    def sort(i: Inputs) -> Callable[[], Any]:
+        return lambda: i["values"].sort()
+
+    shapes = {
+        "gpu": ({"n": 8192, "G": 8}, {"n": 131072, "G": 8}),
+        "cpu": ({"n": 8192, "G": 8},),
+        "quick": ({"n": 300, "G": 3},),
+    }
+    for shape in shapes[size]:
+        yield Case(
+            "partition",
+            shape,
+            torch.float32,
+            grouped_values,
+            specification,
+            (),
+            peers.PARTITION,
+            {FORWARD: Work(shape["n"], "value", "n", "a sort", sort)},
+            {**shape, "n": min(shape["n"], 1000)},
         )
 
 
@@ -317,6 +377,8 @@ OPS: dict[str, Callable[[str], Iterator[Case]]] = {
     "linear_policy_loss": linear_policy_loss,
     "experience": experience,
     "groups": groups,
+    "group_advantages": group_advantages,
+    "partition": partition,
 }
 
 # The tests that have to be green before a speed is reported.
@@ -326,6 +388,8 @@ TESTS = {
     "linear_policy_loss": "tests/gikernels/test_policy_loss.py",
     "experience": "tests/gikernels/test_experience.py",
     "groups": "tests/gikernels/test_groups.py",
+    "group_advantages": "tests/gikernels/test_groups.py",
+    "partition": "tests/gikernels/test_partition.py",
 }
 
 

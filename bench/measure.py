@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench import memory, timing
-from bench.cases import BOTH, Case, Shape
+from bench.cases import BOTH, UNITS, Case, Shape
 from bench.peers import Contender, Inputs, Outputs
 
 EPS = 1e-6  # of the largest true value: what fp32 statistics owe nobody
@@ -101,7 +101,7 @@ def errors(case: Case, contender: Contender, device: torch.device) -> dict[str, 
 
 def within_bound(own: dict[str, float], plain: dict[str, float]) -> bool:
     """At most twice the error of same-dtype plain PyTorch, plus eps; NaN is not within."""
-    return all(own[name] <= 2 * plain[name] + EPS for name in own if name in plain)
+    return all(error <= 2 * plain.get(name, 0) + EPS for name, error in own.items())
 
 
 # --- the whole case -----------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def measure(
         everybody = {**runners, work.baseline_name: baseline}
         times = timing.interleaved(everybody, device, seconds=seconds)
         best = work.amount / times[work.baseline_name].median
-        unit, scale = ("TFLOP/s", 1e12) if work.unit == "FLOP" else ("GB/s", 1e9)
+        unit, scale = UNITS[work.unit]
         for name, t in times.items():
             rate = work.amount / t.median
             row = {

@@ -269,15 +269,33 @@ def gikernels_experience(i: Inputs) -> Outputs:
 
 
 def torch_experience(i: Inputs) -> Outputs:
-    """A loop over the steps, as in TRL, OpenRLHF and verl."""
+    """The specification: a loop over the steps, and statistics of all groups at once."""
     from gikernels import reference
 
     return _experience(reference.experience, i)
 
 
+def columns_experience(i: Inputs) -> Outputs:
+    """The loop of verl and TRL: operations on one column a step, and a dictionary of groups."""
+    from bench import baselines
+
+    out = baselines.experience_columns(
+        i["logprobs"],
+        i["ref_logprobs"],
+        i["values"],
+        i["scores"],
+        i["mask"],
+        0.05,
+        norm="group",
+        group_ids=i["group_ids"],
+    )
+    return {"advantages": out.advantages, "returns": out.returns}
+
+
 EXPERIENCE = (
     Contender("gikernels", gikernels_experience, forward_only=True),
     Contender("torch", torch_experience, forward_only=True),
+    Contender("columns (verl, TRL)", columns_experience, "moments, NaN at masked places", True),
 )
 
 
@@ -297,4 +315,69 @@ def torch_group_stats(i: Inputs) -> Outputs:
 GROUPS = (
     Contender("gikernels", gikernels_group_stats, forward_only=True),
     Contender("torch", torch_group_stats, forward_only=True),
+)
+
+
+def gikernels_group_advantages(i: Inputs) -> Outputs:
+    advantages = ours("group_advantages")(i["values"], i["group_ids"], i["num_groups"])
+    return {"advantages": advantages}
+
+
+def torch_group_advantages(i: Inputs) -> Outputs:
+    stats = torch_group_stats(i)
+    ids, std = i["group_ids"], (stats["m2"] / (stats["count"] - 1).clamp(min=1)).sqrt()
+    advantages = (i["values"] - stats["mean"][ids]) / (std[ids] + 1e-6)
+    return {"advantages": advantages.masked_fill(stats["count"][ids] == 1, 0)}
+
+
+def dictionary_group_advantages(i: Inputs) -> Outputs:
+    from bench import baselines
+
+    return {"advantages": baselines.group_advantages(i["values"], i["group_ids"])}
+
+
+GROUP_ADVANTAGES = (
+    Contender("gikernels", gikernels_group_advantages, forward_only=True),
+    Contender("torch", torch_group_advantages, forward_only=True),
+    Contender("dictionary (verl)", dictionary_group_advantages, "leave-one-out", True),
+)
+
+
+# --- the exact partition ------------------------------------------------------------------------
+
+
+def between_variance(values: Tensor, ids: Tensor) -> Outputs:
+    """What a partition is worth, in float64 from the groups that a contender found."""
+    from gikernels import reference
+
+    groups = reference.group_stats(
+        values.double() - values.double().mean(), ids, int(ids.max()) + 1
+    )
+    return {"between_variance": (groups.count * groups.mean.square()).sum() / len(values)}
+
+
+def gikernels_partition(i: Inputs) -> Outputs:
+    ids = ours("partition")(i["values"], i["num_groups"]).group_ids
+    return between_variance(i["values"], ids)
+
+
+def kmeans1d_partition(i: Inputs) -> Outputs:
+    import kmeans1d
+
+    ids, _ = kmeans1d.cluster(i["values"].tolist(), i["num_groups"])
+    return between_variance(i["values"], torch.tensor(ids, device=i["values"].device))
+
+
+def jenkspy_partition(i: Inputs) -> Outputs:
+    import jenkspy
+
+    breaks = jenkspy.jenks_breaks(i["values"].cpu().numpy(), n_classes=i["num_groups"])
+    inner = torch.tensor(breaks[1:-1], dtype=torch.float64, device=i["values"].device)
+    return between_variance(i["values"], torch.bucketize(i["values"].double(), inner))
+
+
+PARTITION = (
+    Contender("gikernels", gikernels_partition, forward_only=True),
+    Contender("kmeans1d", kmeans1d_partition, "weights, batches, GPU, minimum size", True),
+    Contender("jenkspy", jenkspy_partition, "weights, batches, GPU, minimum size", True),
 )

@@ -91,8 +91,10 @@ def test_unknown_op_is_named():
 def test_every_contender_computes_what_it_says(op):
     """Errors of the peers: a wrong adapter would make a comparison worthless."""
     for case in cases.OPS[op]("quick"):
-        plain = measure.errors(case, case.contender("torch"), torch.device("cpu"))
-        assert plain and max(plain.values()) < 1e-4
+        plain = {}
+        if any(c.name == "torch" for c in case.contenders):
+            plain = measure.errors(case, case.contender("torch"), torch.device("cpu"))
+            assert plain and max(plain.values()) < 1e-4
         for contender in case.contenders:
             try:
                 found = measure.errors(case, contender, torch.device("cpu"))
