@@ -13,8 +13,9 @@
 #include <sys/mman.h>
 #endif
 
-// One library for every x86-64: the loader picks the widest clone this processor has. They agree bit
-// for bit, because contraction into FMA is off. (A sanitiser is not yet up when the loader picks.)
+// One library for every x86-64: the loader picks the widest clone this processor has. They agree
+// bit for bit, because contraction into FMA is off. (A sanitiser is not yet up when the loader
+// picks.)
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(GI_SANITIZED)
 #define GI_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -79,7 +80,8 @@ class Buffer {
     constexpr size_t huge = size_t(2) << 20;
     const size_t bytes = size_t(count) * sizeof(T) + 1;
     const size_t alignment = bytes >= 2 * huge ? huge : 64;
-    data_.reset(static_cast<T*>(aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment)));
+    data_.reset(
+        static_cast<T*>(aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment)));
 #ifdef MADV_HUGEPAGE
     if (data_ && alignment == huge) madvise(data_.get(), bytes, MADV_HUGEPAGE);
 #endif
@@ -106,11 +108,24 @@ struct Sorter {
   int n;
 };
 
+// Whether all of them are finite.
+template <class T>
+GI_CLONES bool to_keys(const T* values, int count, Key<T>* keys) {
+  Key<T> bad = 0;
+  for (int i = 0; i < count; ++i) {
+    bad |= Key<T>(!finite(values[i]));
+    keys[i] = to_key(values[i]);
+  }
+  return bad == 0;
+}
+
 // Least significant digit first, stable, so that weights come in a fixed order for any number of
-// threads. Digits that all keys share are passed over. Returns which of the two buffers holds the result.
+// threads. Digits that all keys share are passed over. Returns which of the two buffers holds the
+// result.
 template <class T, class Group>
 int radix_sort(Group group, const Sorter<T>& sorter) {
-  const int begin = share(group, sorter.n, group.rank), end = share(group, sorter.n, group.rank + 1);
+  const int begin = share(group, sorter.n, group.rank),
+            end = share(group, sorter.n, group.rank + 1);
   int64_t* mine = sorter.histogram + int64_t(group.rank) * kDigits;
   int now = 0;
   for (int shift = 0; shift < int(8 * sizeof(T)); shift += kDigitBits) {
@@ -159,41 +174,53 @@ struct Best {
   int index;
 };
 
-// The first of the largest previous[i] + gain(i, j). Eight at a time: a vector division costs hardly
-// more than a scalar one.
-GI_CLONES Best best_of(const double* previous, const double* mass, const double* sum, double mass_j,
-                       double sum_j, int count) {
-  Best best{-1.0, 0};  // every objective is >= 0
-  int i = 0;
-  for (; i + 8 <= count; i += 8) {
-    double objective[8];
-    for (int t = 0; t < 8; ++t) {
-      const double m = mass_j - mass[i + t], s = sum_j - sum[i + t];
-      const double gain = s * s / m;
-      objective[t] = previous[i + t] + (m > 0 ? gain : 0.0);
-    }
-    double highest = objective[0];
-    for (int t = 1; t < 8; ++t) highest = objective[t] > highest ? objective[t] : highest;
-    if (highest > best.value) {
-      int t = 0;
-      while (objective[t] != highest) ++t;
-      best = {highest, i + t};
-    }
+// The first of the largest previous[i] + gain(i, j), for count >= 8 candidates i. Eight lanes, each
+// with a best of its own: a vector division costs hardly more than a scalar one. (Written out,
+// since compilers turn the guard against mass 0 into branches and then do not vectorise.)
+GI_CLONES Best best_of_many(const double* previous, const double* mass, const double* sum,
+                            double mass_j, double sum_j, int count) {
+  typedef double Reals __attribute__((vector_size(64)));
+  typedef int64_t Ints __attribute__((vector_size(64)));
+  const Reals zeros = {};
+  const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+  Reals values = zeros - 1.0;  // every objective is >= 0
+  Ints indices = {};
+  for (int next = 0; next < count; next += 8) {
+    const int i = smaller(next, count - 8);  // at the end once more what was seen: it is not higher
+    Reals p, m, s;
+    memcpy(&p, previous + i, sizeof p);
+    memcpy(&m, mass + i, sizeof m);
+    memcpy(&s, sum + i, sizeof s);
+    m = mass_j - m;
+    s = sum_j - s;
+    const Reals objective = p + (m > zeros ? s * s / m : zeros);
+    const Ints here = lanes + i;
+    indices = objective > values ? here : indices;
+    values = objective > values ? objective : values;
   }
-  for (; i < count; ++i) {
-    const double m = mass_j - mass[i], s = sum_j - sum[i];
-    const double objective = previous[i] + (m > 0 ? s * s / m : 0.0);
-    if (objective > best.value) best = {objective, i};
-  }
+  Best best{-1.0, 0};
+  for (int t = 0; t < 8; ++t)
+    if (values[t] > best.value || (values[t] == best.value && indices[t] < best.index))
+      best = {values[t], int(indices[t])};
   return best;
 }
 
 template <class T>
 void solve_node(const Row<T>& row, int g, int r, int stride) {
   const auto node = row.node(g, r, stride);
-  const Cuts& c = row.candidates;
-  const Best best = best_of(row.best[(g - 1) % 2] + (node.lo - row.first[g - 1]), c.mass + node.lo,
-                            c.sum + node.lo, c.mass[node.j], c.sum[node.j], node.hi - node.lo + 1);
+  const double* previous = row.best[(g - 1) % 2] + (node.lo - row.first[g - 1]);
+  const double *mass = row.candidates.mass + node.lo, *sum = row.candidates.sum + node.lo;
+  const double mass_j = row.candidates.mass[node.j], sum_j = row.candidates.sum[node.j];
+  const int count = node.hi - node.lo + 1;
+  Best best{-1.0, 0};
+  if (count >= 8) {
+    best = best_of_many(previous, mass, sum, mass_j, sum_j, count);
+  } else {  // most nodes by far: the deepest levels
+    for (int i = 0; i < count; ++i) {
+      const double objective = previous[i] + row.gain(mass_j - mass[i], sum_j - sum[i]);
+      if (objective > best.value) best = {objective, i};
+    }
+  }
   row.best[g % 2][r] = best.value;
   row.cut[row.cuts_of[g] + r] = node.lo + best.index;
 }
@@ -233,9 +260,11 @@ struct Output {
   double* between;     // ()
 };
 
-// In blocks that stay in the first cache, so that the inner loop runs over values, one vector at a time.
+// In blocks that stay in the first cache, so that the inner loop runs over values, one vector at a
+// time.
 template <class T>
-GI_CLONES void write_groups(const T* values, int begin, int end, const T* begins, int k, int32_t* out) {
+GI_CLONES void write_groups(const T* values, int begin, int end, const T* begins, int k,
+                            int32_t* out) {
   constexpr int block = 2048;
   for (; begin < end; begin += block) {
     const int stop = smaller(begin + block, end);
@@ -252,7 +281,8 @@ GI_CLONES void write_groups(const T* values, int begin, int end, const T* begins
 template <class T>
 class Solver {
  public:
-  Solver(const Input<T>& in, const Output& out, int threads) : in_(in), out_(out), threads_(threads) {}
+  Solver(const Input<T>& in, const Output& out, int threads)
+      : in_(in), out_(out), threads_(threads) {}
 
   int solve() {
     if (!allocate_for_values()) return kNoMemory;
@@ -276,11 +306,13 @@ class Solver {
     int* ints = ints_.allocate(2 * tree + 8 * (k + 1));
     T* begins = begins_.allocate(k);
     int64_t* histogram = histogram_.allocate(int64_t(threads_) * kDigits);
-    if (!keys || (in_.weights && !weights) || !reals || !ints || !begins || !histogram) return false;
+    if (!keys || (in_.weights && !weights) || !reals || !ints || !begins || !histogram)
+      return false;
     sorter_ = {{keys, keys + n}, {weights, weights ? weights + n : nullptr}, histogram, in_.n};
     const auto reals_of = [&](int64_t count) { return (reals += count) - count; };
     const auto ints_of = [&](int64_t count) { return (ints += count) - count; };
-    for (double** p : {&row_.mass_sums, &row_.mass_offsets, &row_.sums, &row_.offsets}) *p = reals_of(tree);
+    for (double** p : {&row_.mass_sums, &row_.mass_offsets, &row_.sums, &row_.offsets})
+      *p = reals_of(tree);
     for (int** p : {&row_.counts, &row_.count_offsets}) *p = ints_of(tree);
     for (Cuts* c : {&row_.low[0], &row_.low[1], &row_.high[0], &row_.high[1]})
       *c = {ints_of(k + 1), reals_of(k + 1), reals_of(k + 1)};
@@ -315,11 +347,8 @@ class Solver {
   template <class Group>
   void ingest(Group group) {
     const int begin = share(group, in_.n, group.rank), end = share(group, in_.n, group.rank + 1);
-    bool finite_values = true, good_weights = true, zero = false;
-    for (int i = begin; i < end; ++i) {
-      finite_values &= finite(in_.values[i]);
-      sorter_.keys[0][i] = to_key(in_.values[i]);
-    }
+    const bool finite_values = to_keys(in_.values + begin, end - begin, sorter_.keys[0] + begin);
+    bool good_weights = true, zero = false;
     if (in_.weights)
       for (int i = begin; i < end; ++i) {
         const double w = in_.weights[i];
@@ -417,7 +446,8 @@ int partition(const T* values, const double* weights, int64_t batch, int64_t n, 
               int* status) {
   const auto solve = [&](int64_t b, int row_threads) {
     Solver<T> solver({values + b * n, weights ? weights + b * n : nullptr, int(n), k, min_size},
-                     {group_ids + b * n, thresholds + b * (k - 1), centers + b * k, between + b}, row_threads);
+                     {group_ids + b * n, thresholds + b * (k - 1), centers + b * k, between + b},
+                     row_threads);
     status[b] = solver.solve();
   };
   try {
@@ -440,13 +470,15 @@ template <class T>
 int sort(const T* values, int64_t n, int threads, T* out) {
   Buffer<Key<T>> keys;
   Buffer<int64_t> histogram;
-  Sorter<T> sorter{{keys.allocate(2 * n), nullptr}, {nullptr, nullptr},
-                   histogram.allocate(int64_t(threads) * kDigits), int(n)};
+  Sorter<T> sorter{{keys.allocate(2 * n), nullptr},
+                   {nullptr, nullptr},
+                   histogram.allocate(int64_t(threads) * kDigits),
+                   int(n)};
   if (!sorter.keys[0] || !sorter.histogram) return kNoMemory;
   sorter.keys[1] = sorter.keys[0] + n;
   together(threads, [&](Member member) {
     const int begin = share(member, n, member.rank), end = share(member, n, member.rank + 1);
-    for (int i = begin; i < end; ++i) sorter.keys[0][i] = to_key(values[i]);
+    to_keys(values + begin, end - begin, sorter.keys[0] + begin);
     member.sync();
     const int sorted = radix_sort(member, sorter);
     for (int i = begin; i < end; ++i) out[i] = from_key<T>(sorter.keys[sorted][i]);
@@ -457,18 +489,19 @@ int sort(const T* values, int64_t n, int threads, T* out) {
 }  // namespace
 }  // namespace gi
 
-// status (batch): 0, or the bits of gi::Status, 8 for lack of memory; a row whose status is not 0 is
-// left unwritten. Returns 0, or 1 where a thread could not be started.
-#define GI_EXPORT(T, suffix)                                                                              \
-  extern "C" int gi_partition_cpu_##suffix(                                                               \
-      const T* values, const double* weights, int64_t batch, int64_t n, int k, int min_size, int threads, \
-      int32_t* group_ids, double* thresholds, double* centers, double* between, int* status) {            \
-    return gi::partition(values, weights, batch, n, k, min_size, threads, group_ids, thresholds, centers, \
-                         between, status);                                                                \
-  }                                                                                                       \
-  /* The sort alone, for the benchmark that compares with it. */                                          \
-  extern "C" int gi_sort_cpu_##suffix(const T* values, int64_t n, int threads, T* out) {                  \
-    return gi::sort(values, n, threads, out);                                                             \
+// status (batch): 0, or the bits of gi::Status, 8 for lack of memory; a row whose status is not 0
+// is left unwritten. Returns 0, or 1 where a thread could not be started.
+#define GI_EXPORT(T, suffix)                                                                      \
+  extern "C" int gi_partition_cpu_##suffix(const T* values, const double* weights, int64_t batch, \
+                                           int64_t n, int k, int min_size, int threads,           \
+                                           int32_t* group_ids, double* thresholds,                \
+                                           double* centers, double* between, int* status) {       \
+    return gi::partition(values, weights, batch, n, k, min_size, threads, group_ids, thresholds,  \
+                         centers, between, status);                                               \
+  }                                                                                               \
+  /* The sort alone, for the benchmark that compares with it. */                                  \
+  extern "C" int gi_sort_cpu_##suffix(const T* values, int64_t n, int threads, T* out) {          \
+    return gi::sort(values, n, threads, out);                                                     \
   }
 
 GI_EXPORT(float, f32)

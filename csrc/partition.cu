@@ -22,10 +22,12 @@ void launch(Kernel kernel, int grid, int block, size_t shared, cudaStream_t stre
 
 // With temporary == nullptr only sets `bytes`.
 template <class K>
-cudaError_t sort_on_device(void* temporary, size_t& bytes, const K* in, K* out, const double* weights_in,
-                           double* weights_out, int n, cudaStream_t stream) {
+cudaError_t sort_on_device(void* temporary, size_t& bytes, const K* in, K* out,
+                           const double* weights_in, double* weights_out, int n,
+                           cudaStream_t stream) {
   if (weights_in == nullptr)
-    return cub::DeviceRadixSort::SortKeys(temporary, bytes, in, out, n, 0, int(8 * sizeof(K)), stream);
+    return cub::DeviceRadixSort::SortKeys(temporary, bytes, in, out, n, 0, int(8 * sizeof(K)),
+                                          stream);
   return cub::DeviceRadixSort::SortPairs(temporary, bytes, in, out, weights_in, weights_out, n, 0,
                                          int(8 * sizeof(K)), stream);
 }
@@ -41,7 +43,7 @@ namespace {
 #endif
 constexpr int kMaxThreads = GI_MAX_THREADS;
 constexpr int kMaxOneCta = GI_MAX_ONE_CTA;
-constexpr int kMaxCtas = 256;     // CTAs that take row after row, each with a workspace of its own
+constexpr int kMaxCtas = 256;  // CTAs that take row after row, each with a workspace of its own
 constexpr int kMaxGrid = 1024;
 
 struct Cta {
@@ -52,7 +54,8 @@ __device__ Cta this_cta() { return {int(threadIdx.x), int(blockDim.x)}; }
 
 // --- memory --------------------------------------------------------------------------------------
 
-// Hands out shared memory while there is enough, then the workspace. With base == nullptr it counts.
+// Hands out shared memory while there is enough, then the workspace. With base == nullptr it
+// counts.
 struct Arena {
   unsigned char* shared;
   size_t shared_left;
@@ -106,7 +109,8 @@ __host__ __device__ void take_small(Arena& arena, Row<T>& row, bool weighted) {
 
 // Candidates, layers and cuts for windows of these sizes. The layer of cut 0 has one place.
 template <class T>
-__host__ __device__ void take_candidates(Arena& arena, Row<T>& row, int count, int widest, int64_t cuts) {
+__host__ __device__ void take_candidates(Arena& arena, Row<T>& row, int count, int widest,
+                                         int64_t cuts) {
   row.best[0] = arena.take<double>(widest);
   row.best[1] = arena.take<double>(widest);
   row.candidates = arena.take_cuts(count);
@@ -145,7 +149,8 @@ __device__ Key<T> checked_key(const Problem<T>& problem, Control* control, int i
 // One level of a layer: `lanes` threads, a power of two, look for the best cut of each node. All
 // threads of the CTA come along; the loop ends at the same round for all.
 template <class T>
-__device__ void solve_level(const Row<T>& row, int g, int stride, int lanes, int block, int blocks) {
+__device__ void solve_level(const Row<T>& row, int g, int stride, int lanes, int block,
+                            int blocks) {
   __shared__ double values[kMaxThreads];
   __shared__ int places[kMaxThreads];
   const int nodes = row.nodes_of_level(row.last[g] - row.first[g] + 1, stride);
@@ -163,7 +168,8 @@ __device__ void solve_level(const Row<T>& row, int g, int stride, int lanes, int
       const double mass = c.mass[node.j], sum = c.sum[node.j];
       place = node.lo;
       for (int j = node.lo + lane; j <= node.hi; j += lanes) {
-        const double objective = previous[j - previous_first] + row.gain(mass - c.mass[j], sum - c.sum[j]);
+        const double objective =
+            previous[j - previous_first] + row.gain(mass - c.mass[j], sum - c.sum[j]);
         if (objective > best) {
           best = objective;
           place = j;
@@ -342,21 +348,19 @@ __device__ void solve_in_cta(const Problem<T>& problem, int n, int k, int min_si
     }
   }
   finish(row, problem);
-  for (int i = rank; i < n; i += size) problem.group_ids[i] = group_of_value(row, problem.values[i]);
+  for (int i = rank; i < n; i += size)
+    problem.group_ids[i] = group_of_value(row, problem.values[i]);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads)
-partition_rows(Problem<T> all, int64_t batch, int n, int k, int min_size, unsigned char* workspace,
-               size_t bytes_a_cta, size_t shared_bytes) {
+    partition_rows(Problem<T> all, int64_t batch, int n, int k, int min_size,
+                   unsigned char* workspace, size_t bytes_a_cta, size_t shared_bytes) {
   GI_DYNAMIC_SHARED(shared);
   for (int64_t b = blockIdx.x; b < batch; b += gridDim.x) {
-    const Problem<T> problem{all.values + b * n,
-                             all.weights ? all.weights + b * n : nullptr,
-                             all.group_ids + b * n,
-                             all.thresholds + b * (k - 1),
-                             all.centers + b * k,
-                             all.between + b,
+    const Problem<T> problem{all.values + b * n,    all.weights ? all.weights + b * n : nullptr,
+                             all.group_ids + b * n, all.thresholds + b * (k - 1),
+                             all.centers + b * k,   all.between + b,
                              all.status + b};
     solve_in_cta(problem, n, k, min_size,
                  Arena{shared, shared_bytes, workspace + blockIdx.x * bytes_a_cta, 0});
@@ -383,7 +387,8 @@ enum Phase { kMasses, kValues, kCount, kWrite };
 template <class T>
 __global__ void over_chunks(Row<T> row, Phase phase) {
   if (row.control->status) return;
-  for (int c = blockIdx.x * blockDim.x + threadIdx.x; c < row.shape.count[1]; c += gridDim.x * blockDim.x) {
+  for (int c = blockIdx.x * blockDim.x + threadIdx.x; c < row.shape.count[1];
+       c += gridDim.x * blockDim.x) {
     if (phase == kMasses) row.sum_masses(c);
     if (phase == kValues) row.sum_values(c);
     if (phase == kCount) row.count_candidates(c);
@@ -418,7 +423,8 @@ __global__ void __launch_bounds__(kMaxThreads) place_windows(Row<T> row) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads) solve_level_on_grid(Row<T> row, int g, int stride, int lanes) {
+__global__ void __launch_bounds__(kMaxThreads)
+    solve_level_on_grid(Row<T> row, int g, int stride, int lanes) {
   if (row.control->status || stride > row.last[g] - row.first[g] + 1) return;
   solve_level(row, g, stride, lanes, blockIdx.x, gridDim.x);
 }
@@ -432,7 +438,8 @@ template <class T>
 __global__ void write_groups(Row<T> row, Problem<T> problem) {
   const int rank = blockIdx.x * blockDim.x + threadIdx.x, size = gridDim.x * blockDim.x;
   if (row.control->status) return refuse(problem, row.n, row.k, row.control->status, rank, size);
-  for (int64_t i = rank; i < row.n; i += size) problem.group_ids[i] = group_of_value(row, problem.values[i]);
+  for (int64_t i = rank; i < row.n; i += size)
+    problem.group_ids[i] = group_of_value(row, problem.values[i]);
 }
 
 template <class T>
@@ -445,7 +452,8 @@ struct GridMemory {
 
 // Lays the arrays out in `arena`, whose `used` then says how much that took.
 template <class T>
-cudaError_t take_grid(Arena& arena, GridMemory<T>& memory, int n, int k, int min_size, bool weighted) {
+cudaError_t take_grid(Arena& arena, GridMemory<T>& memory, int n, int k, int min_size,
+                      bool weighted) {
   Row<T>& row = memory.row;
   row.n = n;
   row.k = k;
@@ -456,16 +464,17 @@ cudaError_t take_grid(Arena& arena, GridMemory<T>& memory, int n, int k, int min
   row.keys = arena.take<Key<T>>(n);
   if (weighted) row.weights = arena.take<double>(n);
   take_most_candidates(arena, row);
-  const double* any = weighted ? reinterpret_cast<const double*>(16) : nullptr;  // only asked for null
-  const cudaError_t error = sort_on_device<Key<T>>(nullptr, memory.sort_bytes, memory.keys_in, row.keys, any,
-                                                   row.weights, n, nullptr);
+  const double* any =
+      weighted ? reinterpret_cast<const double*>(16) : nullptr;  // only asked for null
+  const cudaError_t error = sort_on_device<Key<T>>(nullptr, memory.sort_bytes, memory.keys_in,
+                                                   row.keys, any, row.weights, n, nullptr);
   memory.sort_memory = arena.take<unsigned char>(int64_t(memory.sort_bytes));
   return error;
 }
 
 template <class T>
-cudaError_t solve_on_grid(const Problem<T>& problem, int n, int k, int min_size, unsigned char* workspace,
-                          cudaStream_t stream) {
+cudaError_t solve_on_grid(const Problem<T>& problem, int n, int k, int min_size,
+                          unsigned char* workspace, cudaStream_t stream) {
   Arena arena{nullptr, 0, workspace, 0};
   GridMemory<T> memory;
   cudaError_t error = take_grid(arena, memory, n, k, min_size, problem.weights != nullptr);
@@ -523,7 +532,8 @@ size_t bytes_of_cta(int n, int k, bool weighted) {
 
 template <class T>
 int64_t workspace_bytes(int64_t batch, int n, int k, bool weighted) {
-  if (n <= kMaxOneCta) return int64_t(bytes_of_cta<T>(n, k, weighted)) * smaller<int64_t>(batch, kMaxCtas);
+  if (n <= kMaxOneCta)
+    return int64_t(bytes_of_cta<T>(n, k, weighted)) * smaller<int64_t>(batch, kMaxCtas);
   Arena arena{nullptr, 0, nullptr, 0};
   GridMemory<T> memory;
   const cudaError_t error = take_grid(arena, memory, n, k, 1, weighted);
@@ -535,12 +545,9 @@ cudaError_t partition(const Problem<T>& all, int64_t batch, int n, int k, int mi
                       unsigned char* workspace, cudaStream_t stream) {
   if (n > kMaxOneCta) {
     for (int64_t b = 0; b < batch; ++b) {
-      const Problem<T> problem{all.values + b * n,
-                               all.weights ? all.weights + b * n : nullptr,
-                               all.group_ids + b * n,
-                               all.thresholds + b * (k - 1),
-                               all.centers + b * k,
-                               all.between + b,
+      const Problem<T> problem{all.values + b * n,    all.weights ? all.weights + b * n : nullptr,
+                               all.group_ids + b * n, all.thresholds + b * (k - 1),
+                               all.centers + b * k,   all.between + b,
                                all.status + b};
       const cudaError_t error = solve_on_grid(problem, n, k, min_size, workspace, stream);
       if (error != cudaSuccess) return error;
@@ -556,11 +563,12 @@ cudaError_t partition(const Problem<T>& all, int64_t batch, int n, int k, int mi
   if (error != cudaSuccess) return error;
   const size_t bytes = bytes_of_cta<T>(n, k, all.weights != nullptr);
   const size_t shared = smaller(bytes, size_t(most_shared) - attributes.sharedSizeBytes) / 16 * 16;
-  error = cudaFuncSetAttribute(partition_rows<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  error = cudaFuncSetAttribute(partition_rows<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               int(shared));
   if (error != cudaSuccess) return error;
   const int threads = smaller(n <= 512 ? 128 : n <= 2048 ? 256 : 1024, kMaxThreads);
-  launch(partition_rows<T>, int(smaller<int64_t>(batch, kMaxCtas)), threads, shared, stream, all, batch, n, k,
-         min_size, workspace, bytes, shared);
+  launch(partition_rows<T>, int(smaller<int64_t>(batch, kMaxCtas)), threads, shared, stream, all,
+         batch, n, k, min_size, workspace, bytes, shared);
   return cudaGetLastError();
 }
 
@@ -569,17 +577,19 @@ cudaError_t partition(const Problem<T>& all, int64_t batch, int n, int k, int mi
 
 // The workspace in bytes, or minus a cudaError_t. status (batch, on the device): 0, or the bits of
 // gi::Status; such a row gets group_ids -1 and NaN. Both return without waiting for the device.
-#define GI_EXPORT(T, suffix)                                                                                \
-  extern "C" int64_t gi_partition_cuda_workspace_##suffix(int64_t batch, int n, int k, int weighted) {      \
-    return gi::workspace_bytes<T>(batch, n, k, weighted != 0);                                              \
-  }                                                                                                         \
-  extern "C" int gi_partition_cuda_##suffix(const T* values, const double* weights, int64_t batch, int n,   \
-                                            int k, int min_size, int32_t* group_ids, double* thresholds,    \
-                                            double* centers, double* between, int* status, void* workspace, \
-                                            void* stream) {                                                 \
-    return gi::partition(                                                                                   \
-        gi::Problem<T>{values, weights, group_ids, thresholds, centers, between, status}, batch, n, k,      \
-        min_size, static_cast<unsigned char*>(workspace), static_cast<cudaStream_t>(stream));               \
+#define GI_EXPORT(T, suffix)                                                                       \
+  extern "C" int64_t gi_partition_cuda_workspace_##suffix(int64_t batch, int n, int k,             \
+                                                          int weighted) {                          \
+    return gi::workspace_bytes<T>(batch, n, k, weighted != 0);                                     \
+  }                                                                                                \
+  extern "C" int gi_partition_cuda_##suffix(const T* values, const double* weights, int64_t batch, \
+                                            int n, int k, int min_size, int32_t* group_ids,        \
+                                            double* thresholds, double* centers, double* between,  \
+                                            int* status, void* workspace, void* stream) {          \
+    return gi::partition(                                                                          \
+        gi::Problem<T>{values, weights, group_ids, thresholds, centers, between, status}, batch,   \
+        n, k, min_size, static_cast<unsigned char*>(workspace),                                    \
+        static_cast<cudaStream_t>(stream));                                                        \
   }
 
 GI_EXPORT(float, f32)

@@ -1,4 +1,4 @@
-// Exact partition of values into K groups of largest between-group variance, for the CPU and the GPU.
+// Exact partition of values into K groups of largest between-group variance, for CPU and GPU.
 //
 // Fisher: some best partition is a cut of the sorted values into K intervals. The total variance is
 // fixed, so with S0 and S1 the prefix sums of the weights and of weight * value, we maximise
@@ -10,13 +10,13 @@
 //   Shape     prefix sums over a tree of 16 children: any number of threads gets the same bits
 //   narrow    a window for each cut, outside of which no best cut can lie; usually it is tiny
 //   choose    the possible cuts within the windows: never between equal values
-//   layers    best[k][j], the best of the first j values in k groups, by monotone divide and conquer
+//   layers    the best of the first j values in k groups, by monotone divide and conquer over j
 //   finish    the cuts, walked back, and the groups' means
-// A phase says what item `i` of it does, or takes its share as (rank, size). The host's threads, one
-// CTA or a whole grid run it, with a barrier or a new launch after each phase. Every number that
-// decides something comes from the same IEEE operations in the same order (compile with contraction
-// into FMA switched off), so the CPU and the GPU agree bit for bit, ties included: of cuts whose
-// computed objective is the same, the lowest wins.
+// A phase says what item `i` of it does, or takes its share as (rank, size). The host's threads,
+// one CTA or a whole grid run it, with a barrier or a new launch after each phase. Every number
+// that decides something comes from the same IEEE operations in the same order (compile with
+// contraction into FMA switched off), so the CPU and the GPU agree bit for bit, ties included: of
+// cuts whose computed objective is the same, the lowest wins.
 
 #pragma once
 
@@ -35,9 +35,13 @@ namespace gi {
 enum Status : int { kOk = 0, kBadValues = 1, kBadWeights = 2, kInfeasible = 4 };
 
 template <class T>
-GI_HD constexpr T smaller(T a, T b) { return b < a ? b : a; }
+GI_HD constexpr T smaller(T a, T b) {
+  return b < a ? b : a;
+}
 template <class T>
-GI_HD constexpr T larger(T a, T b) { return a < b ? b : a; }
+GI_HD constexpr T larger(T a, T b) {
+  return a < b ? b : a;
+}
 
 // --- keys: unsigned integers in the order of the floats, for radix sorts -------------------------
 
@@ -74,7 +78,9 @@ GI_HD T from_key(Key<T> key) {
 
 // x - x is 0 for every finite x and NaN for the rest.
 template <class T>
-GI_HD bool finite(T x) { return x - x == T(0); }
+GI_HD bool finite(T x) {
+  return x - x == T(0);
+}
 
 // --- prefix sums over a tree ---------------------------------------------------------------------
 
@@ -108,8 +114,8 @@ GI_HD V sum_of_chunk(Item item, int chunk, int count) {
 }
 
 // From the sums of level 1, those of all levels above, and for each sum the total of what lies left
-// of it. A prefix sum then is offsets[chunk] + the items of its own chunk up to it: a rounding error
-// of 16 * levels steps, where a running sum would make n.
+// of it. A prefix sum then is offsets[chunk] + the items of its own chunk up to it: a rounding
+// error of 16 * levels steps, where a running sum would make n.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif
@@ -178,18 +184,18 @@ struct Row {
   Shape shape{0};
   Control* control;
 
-  Key<T>* keys;     // (n) sorted
-  double* weights;  // (n) in the order of the keys; null: all 1
+  Key<T>* keys;                                       // (n) sorted
+  double* weights;                                    // (n) in the order of the keys; null: all 1
   double *mass_sums, *mass_offsets, *sums, *offsets;  // (shape.size), mass_* only with weights
   int *counts, *count_offsets;                        // (shape.size)
 
-  Cuts low[2], high[2];          // (K + 1): the window of each cut
-  int *first, *last, *cuts_of;   // (K + 1): the same as candidates, and where its cuts begin
+  Cuts low[2], high[2];         // (K + 1): the window of each cut
+  int *first, *last, *cuts_of;  // (K + 1): the same as candidates, and where its cuts begin
 
-  Cuts candidates;               // the possible cuts within the windows, ascending
-  double* best[2];               // (largest window): of the layers k - 1 and k
-  int* cut;                      // (sum of windows): candidate k - 1 that is best for candidate k
-  int* bounds;                   // (K + 1): the cuts chosen
+  Cuts candidates;                 // the possible cuts within the windows, ascending
+  double* best[2];                 // (largest window): of the layers k - 1 and k
+  int* cut;                        // (sum of windows): candidate k - 1 that is best for candidate k
+  int* bounds;                     // (K + 1): the cuts chosen
   double *group_mass, *group_sum;  // (K)
 
   // Scaled by a power of two so that squares neither overflow nor vanish, then centred.
@@ -375,7 +381,8 @@ struct Row {
     const Cuts &lo = low[control->window], &hi = high[control->window];
     int chunk = begin;
     for (int g = 0; g <= k; ++g)
-      for (chunk = larger(chunk, lo.at[g] / kFan); chunk < end && chunk <= hi.at[g] / kFan; ++chunk) f(chunk);
+      for (chunk = larger(chunk, lo.at[g] / kFan); chunk < end && chunk <= hi.at[g] / kFan; ++chunk)
+        f(chunk);
   }
 
   // Calls f(at) for every possible cut of the chunk that lies in some window. Both ends of the
@@ -440,14 +447,15 @@ struct Row {
   }
 
   // --- layers ------------------------------------------------------------------------------------
-  // best[k][j] = max over i of best[k-1][i] + gain(i, j), where j runs over the window of cut k and i
-  // over that of cut k - 1. gain obeys the inverse Monge condition, gain(i,j) + gain(i',j') >=
-  // gain(i,j') + gain(i',j) for i < i' <= j < j', hence so does the sum, and the lowest best i never
-  // falls when j rises. min_size keeps this: it allows i up to a limit that ascends with j, so
-  // wherever (i', j) is allowed, (i, j) and (i', j') are too, and elsewhere -inf stands on the smaller side.
-  // Level by level: with stride s the places r = s-1, 3s-1, ... are solved, all at once, between the
-  // answers of their neighbours r - s and r + s. Rounding can drop a candidate that was as good as
-  // another to 1e-16; a level loses no more than that, so all of them lose log2(n) * 1e-16.
+  // best[k][j] = max over i of best[k-1][i] + gain(i, j), where j runs over the window of cut k and
+  // i over that of cut k - 1. gain obeys the inverse Monge condition, gain(i,j) + gain(i',j') >=
+  // gain(i,j') + gain(i',j) for i < i' <= j < j', hence so does the sum, and the lowest best i
+  // never falls when j rises. min_size keeps this: it allows i up to a limit that ascends with j,
+  // so wherever (i', j) is allowed, (i, j) and (i', j') are too, and elsewhere -inf stands on the
+  // smaller side. Level by level: with stride s the places r = s-1, 3s-1, ... are solved, all at
+  // once, between the answers of their neighbours r - s and r + s. Rounding can drop a candidate
+  // that was as good as another to 1e-16; a level loses no more than that, so all of them lose
+  // log2(n) * 1e-16.
 
   GI_HD double gain(double mass, double sum) const { return mass > 0 ? sum * sum / mass : 0.0; }
 
@@ -476,7 +484,9 @@ struct Row {
     while (stride <= places / 2) stride *= 2;
     return stride;
   }
-  GI_HD static int nodes_of_level(int places, int stride) { return (places + stride) / (2 * stride); }
+  GI_HD static int nodes_of_level(int places, int stride) {
+    return (places + stride) / (2 * stride);
+  }
 
   // --- finish ------------------------------------------------------------------------------------
 
@@ -490,8 +500,9 @@ struct Row {
   }
   GI_HD void sum_group(int g) const {
     const int lo = bounds[g], hi = bounds[g + 1];
-    group_mass[g] = weights ? sum_of_range([this](int i) { return weights[i]; }, shape, mass_sums, lo, hi)
-                            : double(hi - lo);
+    group_mass[g] =
+        weights ? sum_of_range([this](int i) { return weights[i]; }, shape, mass_sums, lo, hi)
+                : double(hi - lo);
     group_sum[g] = sum_of_range([this](int i) { return weighted(i); }, shape, sums, lo, hi);
   }
   // A group without weight has no mean: it is centred between its smallest and largest member.
@@ -499,9 +510,7 @@ struct Row {
     return group_mass[g] > 0 ? group_sum[g] / group_mass[g]
                              : 0.5 * value(bounds[g]) + 0.5 * value(bounds[g + 1] - 1);
   }
-  GI_HD double center(int g) const {
-    return (centred_mean(g) + control->centre) / control->scale;
-  }
+  GI_HD double center(int g) const { return (centred_mean(g) + control->centre) / control->scale; }
   GI_HD double threshold(int g) const {  // between groups g - 1 and g
     return 0.5 * raw(bounds[g] - 1) + 0.5 * raw(bounds[g]);
   }

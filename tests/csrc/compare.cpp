@@ -6,10 +6,10 @@
 #define GI_MAX_ONE_CTA 400
 #include "../../csrc/partition.cu"
 
-extern "C" int gi_partition_cpu_f32(const float*, const double*, int64_t, int64_t, int, int, int, int32_t*,
-                                    double*, double*, double*, int*);
-extern "C" int gi_partition_cpu_f64(const double*, const double*, int64_t, int64_t, int, int, int, int32_t*,
-                                    double*, double*, double*, int*);
+extern "C" int gi_partition_cpu_f32(const float*, const double*, int64_t, int64_t, int, int, int,
+                                    int32_t*, double*, double*, double*, int*);
+extern "C" int gi_partition_cpu_f64(const double*, const double*, int64_t, int64_t, int, int, int,
+                                    int32_t*, double*, double*, double*, int*);
 
 #include <cmath>
 #include <random>
@@ -21,7 +21,11 @@ struct Result {
   std::vector<double> thresholds, centers, between;
   std::vector<int> status;
   Result(int batch, int n, int k)
-      : ids(batch * n, -7), thresholds(batch * (k - 1) + 1), centers(batch * k), between(batch), status(batch, -7) {}
+      : ids(batch * n, -7),
+        thresholds(batch * (k - 1) + 1),
+        centers(batch * k),
+        between(batch),
+        status(batch, -7) {}
 };
 
 template <class V>
@@ -29,23 +33,31 @@ bool same(const V& a, const V& b) {
   return memcmp(a.data(), b.data(), a.size() * sizeof a[0]) == 0;
 }
 
-int on_cpu(const std::vector<float>& v, const double* w, int b, int n, int k, int m, int threads, Result& r) {
+int on_cpu(const std::vector<float>& v, const double* w, int b, int n, int k, int m, int threads,
+           Result& r) {
   return gi_partition_cpu_f32(v.data(), w, b, n, k, m, threads, r.ids.data(), r.thresholds.data(),
                               r.centers.data(), r.between.data(), r.status.data());
 }
-int on_cpu(const std::vector<double>& v, const double* w, int b, int n, int k, int m, int threads, Result& r) {
+int on_cpu(const std::vector<double>& v, const double* w, int b, int n, int k, int m, int threads,
+           Result& r) {
   return gi_partition_cpu_f64(v.data(), w, b, n, k, m, threads, r.ids.data(), r.thresholds.data(),
                               r.centers.data(), r.between.data(), r.status.data());
 }
-int64_t workspace(float, int b, int n, int k, bool w) { return gi_partition_cuda_workspace_f32(b, n, k, w); }
-int64_t workspace(double, int b, int n, int k, bool w) { return gi_partition_cuda_workspace_f64(b, n, k, w); }
-int on_cuda(const std::vector<float>& v, const double* w, int b, int n, int k, int m, void* space, Result& r) {
-  return gi_partition_cuda_f32(v.data(), w, b, n, k, m, r.ids.data(), r.thresholds.data(), r.centers.data(),
-                               r.between.data(), r.status.data(), space, nullptr);
+int64_t workspace(float, int b, int n, int k, bool w) {
+  return gi_partition_cuda_workspace_f32(b, n, k, w);
 }
-int on_cuda(const std::vector<double>& v, const double* w, int b, int n, int k, int m, void* space, Result& r) {
-  return gi_partition_cuda_f64(v.data(), w, b, n, k, m, r.ids.data(), r.thresholds.data(), r.centers.data(),
-                               r.between.data(), r.status.data(), space, nullptr);
+int64_t workspace(double, int b, int n, int k, bool w) {
+  return gi_partition_cuda_workspace_f64(b, n, k, w);
+}
+int on_cuda(const std::vector<float>& v, const double* w, int b, int n, int k, int m, void* space,
+            Result& r) {
+  return gi_partition_cuda_f32(v.data(), w, b, n, k, m, r.ids.data(), r.thresholds.data(),
+                               r.centers.data(), r.between.data(), r.status.data(), space, nullptr);
+}
+int on_cuda(const std::vector<double>& v, const double* w, int b, int n, int k, int m, void* space,
+            Result& r) {
+  return gi_partition_cuda_f64(v.data(), w, b, n, k, m, r.ids.data(), r.thresholds.data(),
+                               r.centers.data(), r.between.data(), r.status.data(), space, nullptr);
 }
 
 template <class T>
@@ -86,11 +98,12 @@ bool agree(std::mt19937& random, int problem) {
       if (!std::isnan(cuda.between[b]) || cuda.ids[b * n] != -1) return false;
       for (int i = 0; i < n; ++i) cuda.ids[b * n + i] = cpu.ids[b * n + i];
       for (int g = 0; g < k; ++g) cuda.centers[b * k + g] = cpu.centers[b * k + g];
-      for (int g = 0; g + 1 < k; ++g) cuda.thresholds[b * (k - 1) + g] = cpu.thresholds[b * (k - 1) + g];
+      for (int g = 0; g + 1 < k; ++g)
+        cuda.thresholds[b * (k - 1) + g] = cpu.thresholds[b * (k - 1) + g];
       cuda.between[b] = cpu.between[b];
     }
-  return same(cpu.ids, cuda.ids) && same(cpu.thresholds, cuda.thresholds) && same(cpu.centers, cuda.centers) &&
-         same(cpu.between, cuda.between);
+  return same(cpu.ids, cuda.ids) && same(cpu.thresholds, cuda.thresholds) &&
+         same(cpu.centers, cuda.centers) && same(cpu.between, cuda.between);
 }
 
 }  // namespace

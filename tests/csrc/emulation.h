@@ -123,8 +123,8 @@ void launch(Kernel kernel, int grid, int block, size_t shared, cudaStream_t, Arg
 }
 
 template <class K>
-cudaError_t sort_on_device(void* temporary, size_t& bytes, const K* in, K* out, const double* weights_in,
-                           double* weights_out, int n, cudaStream_t) {
+cudaError_t sort_on_device(void* temporary, size_t& bytes, const K* in, K* out,
+                           const double* weights_in, double* weights_out, int n, cudaStream_t) {
   bytes = 16;
   if (temporary == nullptr) return cudaSuccess;
   std::vector<int> order(n);

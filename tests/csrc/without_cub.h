@@ -15,7 +15,8 @@ void launch(Kernel kernel, int grid, int block, size_t shared, cudaStream_t stre
 }
 
 template <class K>
-cudaError_t sort_on_device(void*, size_t& bytes, const K*, K*, const double*, double*, int, cudaStream_t) {
+cudaError_t sort_on_device(void*, size_t& bytes, const K*, K*, const double*, double*, int,
+                           cudaStream_t) {
   bytes = 16;
   return cudaGetLastError();
 }

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 import subprocess
 import sys
 
@@ -436,8 +437,6 @@ def test_cuda_graphs_and_bad_rows(n):
 @pytest.mark.gpu
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer(tool):
-    import shutil
-
     if shutil.which("compute-sanitizer") is None:
         pytest.skip("no compute-sanitizer")
     code = (
