@@ -164,7 +164,9 @@ def train_critic(
     t.critic.train()
     for epoch in range(config.ppo.ppo_epochs):
         shuffle = parallel.generator(config.run.seed, "critic", step, epoch)
-        for chosen in minibatches(len(sequences), config.ppo.minibatches, shuffle):
+        for chosen in minibatches(
+            len(sequences), config.ppo.minibatches, shuffle, config.ppo.samples_per_prompt
+        ):
             batch = sequences.rows(chosen)
             denom = parallel.all_sum(mask[chosen].sum())
             head_loss = None
@@ -217,7 +219,9 @@ def train_policy(
     t.policy.train()
     for epoch in range(config.ppo.ppo_epochs):
         shuffle = parallel.generator(config.run.seed, "policy", step, epoch)
-        for chosen in minibatches(len(sequences), config.ppo.minibatches, shuffle):
+        for chosen in minibatches(
+            len(sequences), config.ppo.minibatches, shuffle, config.ppo.samples_per_prompt
+        ):
             batch = sequences.rows(chosen)
             denom = parallel.all_sum(mask[chosen].sum())
             for rows in batch.micro_batches(config.trainer.tokens_per_microbatch):
