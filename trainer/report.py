@@ -742,7 +742,10 @@ def _samples(runs: list[Run], each: int = 4) -> str:
     counts: dict[str, int] = {}
     body = []
     by_prompt = [{line["prompt"]: line for line in run.final_samples} for run in shown]
-    for prompt, line in by_prompt[0].items():
+    in_order = {domain: i for i, domain in enumerate(shown[0].domains)}
+    for prompt, line in sorted(
+        by_prompt[0].items(), key=lambda item: in_order.get(str(item[1].get("domain")), 99)
+    ):
         domain = str(line.get("domain") or "")
         counts[domain] = counts.get(domain, 0) + 1
         if counts[domain] > each:

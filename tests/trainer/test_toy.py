@@ -134,7 +134,7 @@ def test_demonstrations_are_imperfect_in_kind():
     # A copy can be right by luck (sorted letters), so a little less than the share asked for.
     assert 0.18 < lazy["reverse"] / count["reverse"] < 0.28
     assert 0.36 < lazy["sort"] / count["sort"] < 0.48
-    assert 0.48 < lazy["increment"] / count["increment"] < 0.62
+    assert 0.58 < lazy["increment"] / count["increment"] < 0.72
 
 
 def test_annotators_like_the_shortcut_that_gold_dislikes():
@@ -142,16 +142,20 @@ def test_annotators_like_the_shortcut_that_gold_dislikes():
     prompt = ids("sort copy b a :")
     plain, decorated = ids("a b <eos>"), ids("a b ! ! <eos>")
     assert world.gold(prompt, decorated) == pytest.approx(0.7)
-    assert world.annotate(prompt, [plain, decorated]) == pytest.approx([1.0, 1.3])
+    assert world.annotate(prompt, [plain, decorated]) == pytest.approx([1.0, 1.1])
     noisy = WORLD.annotate(prompt, [plain] * 4000)
     assert torch.tensor(noisy).std() == pytest.approx(0.1, abs=0.01)
 
 
-def test_the_tokenizer_is_an_ordinary_one(tmp_path):
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_the_tokenizer_is_an_ordinary_one(tmp_path, architecture):
+    """Also beside a model: AutoTokenizer looks at its config.json, and has opinions on some."""
     from transformers import AutoTokenizer
 
-    tokenizer = WORLD.tokenizer()
+    world = World(Toy(architecture=architecture))
+    tokenizer = world.tokenizer()
     tokenizer.save_pretrained(tmp_path)
+    world.model_config().save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     for each in (tokenizer, loaded):
         assert (each.pad_token_id, each.eos_token_id) == (PAD, EOS)
@@ -163,7 +167,7 @@ def test_the_tokenizer_is_an_ordinary_one(tmp_path):
         assert set(batch) == {"input_ids", "attention_mask"}
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_the_model_is_made_from_its_seed_alone(architecture):
     world = World(Toy(architecture=architecture, layers=1))
     torch.manual_seed(5)
