@@ -376,7 +376,8 @@ def score_reference(
 
 
 def mean(x: Tensor) -> float:
-    total, count = parallel.all_sum([x.double().sum(), x.new_tensor(len(x)).double()])
+    x = x.double()  # a count in a bool's own dtype would be 1
+    total, count = parallel.all_sum([x.sum(), x.new_tensor(len(x))])
     return float(total / count)
 
 
