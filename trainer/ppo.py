@@ -92,9 +92,6 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
         mismatch = check_logprobs(rollout, forward.logprobs, config.rollout.logprob_bound)
 
     with timer("experience"):
-        probs = t.groups.probs(forward.group_logits, prompts)
-        kl_coef = t.groups.kl_coefs(probs)
-        exp = estimate(config, forward, scores, mask, kl_coef, probs, samples)
         returns = performance(
             config.groups.performance,
             scores,
@@ -104,9 +101,11 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
             else None,
             t.normaliser.scale,
         )
+        probs = t.groups.observe(t.groups.probs(forward.group_logits, prompts), returns)
+        kl_coef = t.groups.kl_coefs(probs)
+        exp = estimate(config, forward, scores, mask, kl_coef, probs, samples)
         if config.groups.returns == "penalised":
             returns = returns - kl_coef * exp.seq_kl
-        t.groups.observe(probs, returns)
         labels = t.groups.labels(returns)
 
     batch, updates = Batch(sequences, mask, forward, exp, kl_coef, returns, labels), Averages()
