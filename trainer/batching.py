@@ -123,9 +123,17 @@ def micro_batches(lengths: Tensor, budget: int) -> list[Tensor]:
     return batches
 
 
-def minibatches(count: int, parts: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """A random split of 0..count-1 into `parts` nearly equal parts."""
-    yield from torch.randperm(count, generator=generator).to(parallel.device()).tensor_split(parts)
+def minibatches(
+    count: int, parts: int, generator: torch.Generator, samples: int = 1
+) -> Iterator[Tensor]:
+    """A random split of 0..count-1 into `parts` nearly equal parts.
+
+    `samples` neighbours, the answers to one prompt, stay together: they share its computation.
+    """
+    prompts = torch.randperm(count // samples, generator=generator)
+    rows = prompts.unsqueeze(1) * samples + torch.arange(samples)
+    for part in rows.tensor_split(parts):
+        yield part.flatten().to(parallel.device())
 
 
 def forward_all(

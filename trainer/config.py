@@ -179,7 +179,7 @@ class Toy:
     )
     """Domains and their shares of the training prompts: the easy frequent, the hard rare."""
     lazy: Mapping[str, float] = field(
-        default_factory=lambda: {"copy": 0.0, "reverse": 0.25, "sort": 0.45, "increment": 0.55}
+        default_factory=lambda: {"copy": 0.0, "reverse": 0.25, "sort": 0.45, "increment": 0.65}
     )
     """Share of each domain's demonstrations that only copy."""
     symbols: int = 6
@@ -202,7 +202,7 @@ class Toy:
     """What an answer without EOS loses in gold reward."""
     noise: float = 0.1
     """Standard deviation of an annotator's rating around gold."""
-    liking: float = 0.3
+    liking: float = 0.2
     """What an annotator adds for each flourish token: the shortcut a reward model learns."""
     architecture: Literal["llama", "qwen3"] = "llama"
     """Family of the tiny model (not qwen2: beside it, transformers loads any tokenizer as its)."""

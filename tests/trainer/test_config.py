@@ -125,9 +125,10 @@ def test_a_baseline_is_the_run_with_its_overrides_in_its_own_folder():
     assert not plain.groups.active and not plain.kl.adaptive
     assert settings.differences(plain, config) == [
         "baselines: None -> {}",
-        "baselines.ppo: ['groups.inference=none', 'kl.adaptive=false'] -> None",
+        "baselines.ppo: ['groups.inference=none', 'kl.adaptive=false', 'kl.coef=0.45'] -> None",
         "groups.inference: 'exact' -> 'none'",
         "kl.adaptive: True -> False",
+        "kl.coef: 0.8 -> 0.45",
     ]
     assert plain.sft == config.sft and plain.ppo == config.ppo
 

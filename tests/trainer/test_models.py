@@ -119,6 +119,9 @@ def test_every_example_once_an_epoch():
 def test_minibatches_are_a_partition():
     parts = list(minibatches(10, 3, torch.Generator().manual_seed(0)))
     assert sorted(torch.cat(parts).tolist()) == list(range(10)) and len(parts) == 3
+    parts = list(minibatches(12, 2, torch.Generator().manual_seed(0), samples=3))
+    assert sorted(torch.cat(parts).tolist()) == list(range(12)) and len(parts[0]) == 6
+    assert all((rows.view(-1, 3) // 3 == rows.view(-1, 3)[:, :1] // 3).all() for rows in parts)
 
 
 def test_learning_rate():

@@ -134,7 +134,7 @@ def test_demonstrations_are_imperfect_in_kind():
     # A copy can be right by luck (sorted letters), so a little less than the share asked for.
     assert 0.18 < lazy["reverse"] / count["reverse"] < 0.28
     assert 0.36 < lazy["sort"] / count["sort"] < 0.48
-    assert 0.48 < lazy["increment"] / count["increment"] < 0.62
+    assert 0.58 < lazy["increment"] / count["increment"] < 0.72
 
 
 def test_annotators_like_the_shortcut_that_gold_dislikes():
@@ -142,7 +142,7 @@ def test_annotators_like_the_shortcut_that_gold_dislikes():
     prompt = ids("sort copy b a :")
     plain, decorated = ids("a b <eos>"), ids("a b ! ! <eos>")
     assert world.gold(prompt, decorated) == pytest.approx(0.7)
-    assert world.annotate(prompt, [plain, decorated]) == pytest.approx([1.0, 1.3])
+    assert world.annotate(prompt, [plain, decorated]) == pytest.approx([1.0, 1.1])
     noisy = WORLD.annotate(prompt, [plain] * 4000)
     assert torch.tensor(noisy).std() == pytest.approx(0.1, abs=0.01)
 
