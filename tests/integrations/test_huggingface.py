@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from gikernels.integrations import patch_lm_head
@@ -341,6 +340,8 @@ def fsdp_rank(rank, port):
 
 
 def check_sharded(rank, *, separate_head):
+    from torch.distributed.fsdp import fully_shard
+
     ids = torch.randint(2, 28, (2, 6), generator=torch.Generator().manual_seed(rank))
     whole, sharded = qwen(), qwen()
     for layer in sharded.model.layers:
