@@ -16,7 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
 
 
 class Size(NamedTuple):
@@ -139,7 +142,7 @@ WORKERS = {
 def measure(worker: str, size: Size) -> dict[str, float]:
     command = [sys.executable, "-m", "bench.bench_integrations", "--worker", worker]
     command += ["--size", *map(str, size)]
-    out = subprocess.run(command, capture_output=True, text=True)
+    out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if out.returncode:
         raise RuntimeError(out.stderr[-2000:])
     return json.loads(out.stdout.splitlines()[-1])

@@ -222,22 +222,20 @@ class HeadCall:
         patch = self.patch
         targets = self.targets.to(hidden.device)
         kept = targets != IGNORE
-        rows, weight, bias = linear_form(self.head, hidden[kept])
-        if patch.fp32:
-            rows, weight = rows.float(), weight.float()
-            bias = None if bias is None else bias.float()
         if not patch.verified:
             self.check_head(hidden[kept])
-        stats = gikernels.linear_logprobs(
-            rows,
-            weight,
-            targets[kept],
-            patch.temperature,
-            bias=bias,
-            softcap=patch.softcap,
-            logit_scale=patch.logit_scale,
-            backend=patch.backend,
-        )
+        with self.precision(hidden.device):
+            rows, weight, bias = self.linear_form(hidden[kept])
+            stats = gikernels.linear_logprobs(
+                rows,
+                weight,
+                targets[kept],
+                patch.temperature,
+                bias=bias,
+                softcap=patch.softcap,
+                logit_scale=patch.logit_scale,
+                backend=patch.backend,
+            )
         flat = torch.stack([stats.logprobs, stats.entropy], -1)
         # Scattered even where nothing is kept: with FSDP every rank needs a backward.
         packed = flat.new_zeros(*kept.shape, 2).masked_scatter(kept.unsqueeze(-1), flat)
@@ -249,6 +247,19 @@ class HeadCall:
         self.stats = packed[..., :2]
         return packed
 
+    def precision(self, device: torch.device) -> contextlib.AbstractContextManager:
+        """With `fp32` autocast has no say."""
+        if not self.patch.fp32:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, enabled=False)
+
+    def linear_form(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        parts = linear_form(self.head, rows)
+        if not self.patch.fp32:
+            return parts
+        rows, weight, bias = parts
+        return rows.float(), weight.float(), None if bias is None else bias.float()
+
     @torch.no_grad()
     def check_head(self, rows: Tensor) -> None:
         """That the head is the linear map we take it for. Dropout would make its answers differ."""
@@ -257,7 +268,8 @@ class HeadCall:
         self.head.eval()
         try:
             own = self.own_forward(rows)
-            ours = F.linear(*linear_form(self.head, rows))
+            with self.precision(rows.device):
+                ours = F.linear(*self.linear_form(rows))
         finally:
             self.head.train(training)
         half = own.dtype in (torch.float16, torch.bfloat16)

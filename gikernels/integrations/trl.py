@@ -47,7 +47,7 @@ def selective_log_softmax_and_entropy(
     temperature: float = 1.0,
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    # TRL indexes as gather does: no number is special, so none is ignored unless row_mask says so.
+    """Both in fp32, whatever the logits are; TRL's are in the precision of the logits on a CPU."""
     targets = index if row_mask is None else index.masked_fill(row_mask == 0, -100)
     stats = gikernels.logprobs(logits, targets, temperature)
     return stats.logprobs, stats.entropy if entropy_requires_grad else stats.entropy.detach()

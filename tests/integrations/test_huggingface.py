@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from gikernels.integrations import patch_lm_head
@@ -233,6 +232,34 @@ def test_half_precision_and_autocast_keep_fp32_statistics():
     torch.testing.assert_close(out.logprobs[:, 1:], want, rtol=0, atol=2e-2)
 
 
+def test_torch_compile():
+    model = qwen()
+    ids = torch.randint(2, 28, (2, 6))
+    with patch_lm_head(model):
+        want = model(input_ids=ids, labels=ids)
+        got = torch.compile(model, backend="eager")(input_ids=ids, labels=ids)
+        torch.testing.assert_close(got.logprobs, want.logprobs)
+        got.loss.backward()
+    assert model.lm_head.weight.grad.any()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_at_a_real_vocabulary():
+    model = qwen(vocab_size=151_936, tie_word_embeddings=True).cuda().to(torch.bfloat16)
+    ids = torch.randint(2, 151_936, (4, 512), device="cuda")
+    with torch.no_grad():
+        want, entropy = plain(model, ids, ids)
+    logits_bytes = ids.numel() * 151_936 * 4
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with patch_lm_head(model):
+        out = model(input_ids=ids, labels=ids)
+        out.loss.backward()
+    assert torch.cuda.max_memory_allocated() - before < logits_bytes
+    torch.testing.assert_close(out.logprobs[:, 1:], want, rtol=0, atol=5e-2)
+    torch.testing.assert_close(out.entropy[:, 1:], entropy, rtol=0, atol=5e-2)
+
+
 # --- LoRA ---------------------------------------------------------------------------------------
 
 
@@ -341,6 +368,8 @@ def fsdp_rank(rank, port):
 
 
 def check_sharded(rank, *, separate_head):
+    from torch.distributed.fsdp import fully_shard
+
     ids = torch.randint(2, 28, (2, 6), generator=torch.Generator().manual_seed(rank))
     whole, sharded = qwen(), qwen()
     for layer in sharded.model.layers:

@@ -279,6 +279,21 @@ def test_the_head_agrees_with_trls_where_it_is_hard():
         ours.add_fused_lm_head(qwen(), outputs=("log_probs", "is_top1"))
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_cast_lm_head_to_fp32(autocast):
+    """As GRPOTrainer does it: an fp32 head on a bf16 model, and no autocast in it."""
+    ids = torch.randint(2, 28, (2, 6))
+    results = []
+    for add in (trl_utils.add_fused_lm_head, ours.add_fused_lm_head):
+        model = qwen().to(torch.bfloat16)
+        head = model.lm_head.float()
+        head.forward = lambda x, head=head: torch.nn.functional.linear(x.float(), head.weight)
+        add(model, cast_lm_head_to_fp32=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            results.append(model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
 def test_trainers_built_in_patched_carry_our_head(tmp_path, monkeypatch):
     runs = []
     inner = LmHeadPatch.run

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -294,3 +295,21 @@ def test_the_plugin_registers_in_a_fresh_process():
     )
     env = dict(os.environ, VERL_USE_EXTERNAL_MODULES="gikernels.integrations.verl_plugin")
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
+
+
+@real_only
+def test_the_documented_recipe_composes_with_verls_configuration(ours):
+    from hydra import compose, initialize_config_dir
+
+    text = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+    recipe = text.split("verl.trainer.main_ppo \\\n")[1].split("\n```")[0]
+    overrides = [line.strip().removesuffix("\\").strip() for line in recipe.splitlines()]
+    assert len(overrides) > 20
+    folder = Path(sys.modules["verl"].__file__).parent / "trainer" / "config"
+    with initialize_config_dir(str(folder), version_base=None):
+        config = compose("ppo_trainer", overrides=overrides)
+    ours.register()
+    assert config.algorithm.adv_estimator in core().ADV_ESTIMATOR_REGISTRY
+    assert config.actor_rollout_ref.actor.policy_loss.loss_mode in core().POLICY_LOSS_REGISTRY
+    rewards, mask, uids, _ = batch(samples=2)
+    ours.group_invariant(rewards, mask, uids, config.algorithm)
