@@ -260,6 +260,9 @@ def test_of_equal_optima_the_lowest_cut(backend):
     ):
         found = solve(backend, torch.tensor(x, dtype=F64), k)
         assert found.group_ids.tolist() == want, (x, k)
+    # A value of weight 0 may go either way, though it is nearer to the left.
+    x, weights = torch.tensor([0.0, 1, 10]), torch.tensor([1.0, 0, 1])
+    assert solve(backend, x, weights=weights).group_ids.tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "spec"])
