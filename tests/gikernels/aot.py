@@ -11,7 +11,7 @@ constexprs, attrs (divisibility hints), and
     main    bool               whether a spilled register is a defect (for the first case of a
                                kernel, its default configuration, and not for the others)
 
-Only first cases are compiled for the GPUs in FIRST_ONLY, or two cores would need a minute.
+Only first cases are compiled for the GPUs in FIRST_ONLY, or two cores would need a minute; --all compiles the rest.
 
 Whatever else it holds (num_warps, num_stages, maxnreg) are options of the compiler.
 """
@@ -42,7 +42,7 @@ TARGETS = {
     "sm_120": (GPUTarget("cuda", 120, 32), 99 << 10),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
-FIRST_ONLY = {"sm_120", "gfx942"}
+FIRST_ONLY = {"sm_80", "sm_120", "gfx942"}
 KNOWN = {"name", "fn", "signature", "constexprs", "attrs", "archs", "main"}
 
 
