@@ -1,6 +1,6 @@
 """Compiles every Triton kernel of gikernels for GPUs that need not be there, and prints a table.
 
-    python -m tests.gikernels.aot [--json FILE] [--only TEXT]      (TRITON_INTERPRET unset)
+    python -m tests.gikernels.aot [--json FILE] [--only TEXT] [--all]      (TRITON_INTERPRET unset)
 
 Each module of gikernels with kernels has `aot_cases()`, or `aot_cases(arch)` where configurations
 depend on the GPU (arch is 80, 90, ... or "gfx942"). It yields a dict for each variant worth
@@ -11,7 +11,8 @@ constexprs, attrs (divisibility hints), and
     main    bool               whether a spilled register is a defect (for the first case of a
                                kernel, its default configuration, and not for the others)
 
-Only first cases are compiled for the GPUs in FIRST_ONLY, or two cores would need a minute.
+Only first cases are compiled for the GPUs in FIRST_ONLY, or two cores would need a minute; with
+--all, all are.
 
 Whatever else it holds (num_warps, num_stages, maxnreg) are options of the compiler.
 """
@@ -42,7 +43,7 @@ TARGETS = {
     "sm_120": (GPUTarget("cuda", 120, 32), 99 << 10),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
-FIRST_ONLY = {"sm_120", "gfx942"}
+FIRST_ONLY = {"sm_80", "sm_120", "gfx942"}
 KNOWN = {"name", "fn", "signature", "constexprs", "attrs", "archs", "main"}
 
 
