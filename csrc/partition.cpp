@@ -1,5 +1,6 @@
 // The partition on the CPU. A plain C interface: pointers, sizes, a number of threads.
 
+#include "cpu.h"
 #include "partition.h"
 
 #include <atomic>
@@ -11,15 +12,6 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
-#endif
-
-// One library for every x86-64: the loader picks the widest clone this processor has. They agree
-// bit for bit, because contraction into FMA is off. (A sanitiser is not yet up when the loader
-// picks.)
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(GI_SANITIZED)
-#define GI_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define GI_CLONES
 #endif
 
 namespace gi {

@@ -30,7 +30,7 @@ import torch
 PACKAGE = Path(__file__).parent
 CSRC = PACKAGE / "csrc"  # in a checkout a link to the csrc/ beside the package
 SHIPPED = PACKAGE / "lib"
-SOURCES = {"cpp": "partition.cpp", "cuda": "partition.cu"}
+SOURCES = {"cpp": ("partition.cpp", "experience.cpp"), "cuda": ("partition.cu",)}
 
 # No contraction into FMA: the CPU and the GPU then compute the same bits. No -march=native either:
 # the code has clones for wide vectors, picked when it is loaded, so a library runs on any machine.
@@ -91,6 +91,11 @@ def _declare(name: str, loaded: ctypes.CDLL) -> None:
             solve = getattr(loaded, f"gi_partition_cpu_{suffix}")
             solve.argtypes = [pointer, pointer, int64, int64, int32, int32, int32, *results]
             getattr(loaded, f"gi_sort_cpu_{suffix}").argtypes = [pointer, int64, int32, pointer]
+            run = getattr(loaded, f"gi_experience_cpu_{suffix}")
+            run.argtypes = [pointer, int64, int32, *[pointer] * 7, *[ctypes.c_double] * 2]
+            run.argtypes += [pointer] * 6
+            normalise = getattr(loaded, f"gi_normalise_cpu_{suffix}")
+            normalise.argtypes = [pointer, int64, int32, *[pointer] * 4]
         else:
             solve = getattr(loaded, f"gi_partition_cuda_{suffix}")
             solve.argtypes = [pointer, pointer, int64, int32, int32, int32, *results]
@@ -148,7 +153,8 @@ def compiler(name: str) -> str:
 def _recipe(name: str) -> list[bytes]:
     """What decides what a library computes, whichever compiler makes it."""
     flags = CPP_FLAGS if name == "cpp" else CUDA_FLAGS
-    sources = [(CSRC / file).read_bytes() for file in ("partition.h", SOURCES[name])]
+    headers = sorted(path.name for path in CSRC.glob("*.h"))
+    sources = [(CSRC / file).read_bytes() for file in (*headers, *SOURCES[name])]
     return [" ".join(flags).encode(), *sources]
 
 
@@ -159,7 +165,13 @@ def _hash(*parts: bytes) -> str:
 def command(name: str, archs: tuple[int, ...], output: str | Path) -> list[str]:
     flags = list(CPP_FLAGS if name == "cpp" else CUDA_FLAGS)
     flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return [compiler(name), *flags, str(CSRC / SOURCES[name]), "-o", str(output)]
+    return [
+        compiler(name),
+        *flags,
+        *(str(CSRC / file) for file in SOURCES[name]),
+        "-o",
+        str(output),
+    ]
 
 
 def build(name: str, archs: tuple[int, ...] = (), into: Path | None = None) -> Path:

@@ -1,7 +1,8 @@
 """KL penalties, GAE and normalised advantages: what lies between generation and the policy step.
 
 Read downward: custom operations, then public functions. What they run is in experience_triton.py,
-where all of it is one launch, and in experience_torch.py; docs/math.md has the algebra.
+where all of it is one launch, in experience_cpp.py, which calls csrc/, and in experience_torch.py;
+docs/math.md has the algebra.
 """
 
 from __future__ import annotations
@@ -15,16 +16,22 @@ from gikernels import checks, dispatch
 from gikernels.reference import Experience, Gae, TokenStats, kl_estimate, stat_dtype
 
 BACKENDS = ("triton", "reference")
+EXPERIENCE_BACKENDS = ("triton", "cpp", "reference")
 ESTIMATORS = ("k1", "k2", "k3")
 NORMS = ("none", "batch", "group")
 
 
 def _half(chosen: str) -> Any:
-    """Both halves have gae, experience and normalize, which write into their last argument."""
+    """Each has gae, experience and normalize, which write into their last argument; C++ has the
+    second only, as the others are a small part of its work."""
     if chosen == "triton":
         from gikernels import experience_triton
 
         return experience_triton
+    if chosen == "cpp":
+        from gikernels import experience_cpp
+
+        return experience_cpp
     from gikernels import experience_torch
 
     return experience_torch
@@ -118,7 +125,7 @@ def _experience_op(
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, len(logprobs))
     out = _blank_experience(logprobs, ref_logprobs, values, scores, num_groups)
-    chosen = dispatch.choose(backend, logprobs, BACKENDS)
+    chosen = dispatch.choose(backend, logprobs, EXPERIENCE_BACKENDS)
     if out.kl.numel() == 0:
         out.seq_kl.zero_()
         out.moments.zero_()

@@ -11,6 +11,18 @@ import gikernels as gk
 from gikernels import experience_torch, experience_triton, reference
 
 BACKENDS = ["reference", "triton"]
+WITH_CPP = [*BACKENDS, "cpp"]  # `experience` alone has it, and on the CPU alone
+
+
+@pytest.fixture(autouse=True)
+def _cpp_is_here(request, device):
+    if getattr(request.node, "callspec", None) and "cpp" in request.node.callspec.params.values():
+        if device != "cpu":
+            pytest.skip("the tensors of this session are on a GPU")
+        if not (status := gk.backends()["cpp"]):
+            pytest.skip(status.reason)
+
+
 NAN, INF = math.nan, math.inf
 
 
@@ -79,7 +91,7 @@ def grouped(keywords, s, device="cpu"):
 
 @pytest.mark.parametrize("critic", [True, False])
 @pytest.mark.parametrize("keywords", CASES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_CPP)
 def test_experience(backend, keywords, critic, device, poisoned_empty):
     args = batch(device=device)
     args[2] = args[2] if critic else None
@@ -88,7 +100,7 @@ def test_experience(backend, keywords, critic, device, poisoned_empty):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_CPP)
 def test_precision_follows_the_inputs(backend, dtype, device):
     args = [*batch(dtype=dtype, device=device), 0.1]
     got = gk.experience(*args, norm="batch", estimator="k3", gamma=0.97, backend=backend)
@@ -120,7 +132,7 @@ def test_nothing_or_almost_nothing(backend, shape, device, poisoned_empty):
     assert_no_worse(g, *[reference.gae(args[0], args[2], args[4])] * 2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_CPP)
 def test_all_masked(backend, device, poisoned_empty):
     args = batch(4, 9, device=device, kept=0.0)
     args[4].zero_()
@@ -129,7 +141,7 @@ def test_all_masked(backend, device, poisoned_empty):
     assert all(torch.equal(x, torch.zeros_like(x)) for x in got)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_CPP)
 def test_strided_inputs_and_fresh_outputs(backend, device):
     dense = batch(device=device)
     strided = [torch.stack([x, x], -1)[..., 1] for x in dense]
@@ -142,7 +154,7 @@ def test_strided_inputs_and_fresh_outputs(backend, device):
 
 
 @pytest.mark.parametrize("critic", [True, False])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_CPP)
 def test_offset_of_a_million(backend, critic, device):
     """Inputs that float32 holds exactly there: what is lost would be lost by the statistics."""
     s, t = 12, 30
@@ -161,7 +173,7 @@ def test_offset_of_a_million(backend, critic, device):
         assert torch.allclose(got.moments[:, 2].double(), truth.moments[:, 2], rtol=1e-4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_CPP)
 def test_order_of_sequences_does_not_matter_and_runs_agree(backend, device):
     s = 300 if backend == "reference" else 9
     args = [*batch(s, 50 if backend == "reference" else 10, device=device), 0.1]
@@ -219,7 +231,7 @@ def test_two_ranks_merge_their_moments(backend, norm, device):
     assert torch.equal(flat, got.flatten())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_CPP)
 def test_a_group_of_one_token_is_zero(backend, device):
     x = torch.full((2, 1), 0.1, device=device)
     mask = torch.ones(2, 1, dtype=torch.bool, device=device)
@@ -316,7 +328,7 @@ def test_opcheck(backend, device):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_CPP)
 def test_constant_to_autograd_and_compiles(backend, device):
     logprobs, ref_logprobs, values, scores, mask = batch(3, 8, device=device, kept=2.0)
 
@@ -338,7 +350,7 @@ def test_constant_to_autograd_and_compiles(backend, device):
     assert all(torch.equal(x, y) for x, y in zip(*grads))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_CPP)
 def test_autocast_changes_nothing(backend, device):
     args = batch(device=device)
     plain = gk.experience(*args, 0.1, norm="batch", backend=backend)
@@ -407,7 +419,7 @@ def packed(n=40, d=8, v=24, device="cpu"):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 def test_linear_experience(backend, keywords, device):
     keywords = dict(keywords)
     hidden, weight, targets, cu, ref_logprobs, values, scores = packed(device=device)
@@ -638,3 +650,30 @@ def test_gpu_two_launches():
     names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     ours = [x for x in names if not any(y in x for y in ("gemm", "cublas", "nvjet", "cutlass"))]
     assert len(ours) <= 2, names
+
+
+def test_threads_do_not_change_a_bit():
+    """Lengths that leave lanes over, holes, an empty sequence; large enough for several threads."""
+    if not (status := gk.backends()["cpp"]):
+        pytest.skip(status.reason)
+    lengths = torch.randint(0, 2000, (203,))
+    lengths[5] = 0
+    cu = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    n = int(cu[-1])
+    kept = torch.where(torch.rand(n) < 0.8, 0, -100)
+    tokens = [torch.randn(n).masked_fill(kept != 0, math.nan) for _ in range(3)]
+    op = torch.ops.gikernels.experience
+    numbers = (1, 0.97, 0.9, "k2", "batch", 1e-8, True, -100)
+    before = torch.get_num_threads()
+    try:
+        runs = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            args = (*tokens, torch.linspace(-1, 1, 203), kept, torch.rand(203) * 0 + 0.1, 0.0, cu)
+            runs.append(op(*args, None, None, *numbers, "cpp"))
+    finally:
+        torch.set_num_threads(before)
+    plain = op(*args, None, None, *numbers, "reference")
+    for got, again, third, want in zip(*runs, plain):
+        assert torch.equal(got, again) and torch.equal(got, third)
+        torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4)
