@@ -90,8 +90,8 @@ def imports(path):
 
 
 def operation(module):
-    """X, X_torch and X_triton are one operation."""
-    return module.removesuffix("_torch").removesuffix("_triton")
+    """X, X_torch, X_cpp and X_triton are one operation."""
+    return module.removesuffix("_torch").removesuffix("_cpp").removesuffix("_triton")
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
