@@ -394,6 +394,9 @@ def linear_logprobs(
     softcap, logit_scale = transform_arguments(softcap, logit_scale)
     checks.whole("ignore_index", ignore_index, at_least=-(2**63))
     chosen = choose_backend(backend, hidden)
+    shape = targets.shape
+    if targets.element_size() < 4:  # -100 is 156 to a uint8
+        targets = targets.long()
     logprobs, entropy, kl, _ = _op(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -408,7 +411,6 @@ def linear_logprobs(
         ignore_index,
         chosen,
     )
-    shape = targets.shape
     return TokenStats(
         logprobs.view(shape), entropy.view(shape), None if ref is None else kl.view(shape)
     )

@@ -292,9 +292,9 @@ def blocks(arch: int | str, itemsize: int, products: int, aligned: bool) -> Bloc
     if arch == "interpreter":
         return Blocks(32, 128, 32, 4, 1, 2, tma)
     if itemsize == 4:  # exact fp32 products run on the ordinary cores, from registers
-        return Blocks(64, 64, 16, 4, 2, 1, tma)
+        return Blocks(64, 64, 16, 8, 2, 2, tma)
     if arch in (90, 100, 103) and tma:
-        return Blocks(128, 256 if products == 1 else 128, 64, 8, 4, 4, tma)
+        return Blocks(128, 256 // products, 64, 8, 4, 4 // products, tma)
     if arch in (80, 90, 100, 103):
         return Blocks(128, 128 // products, 64 if aligned and products == 1 else 32, 8, 3, 2, tma)
     return Blocks(128, 128 // products, 32, 8, 3 if isinstance(arch, int) else 2, 2, tma)

@@ -168,8 +168,8 @@ def test_gradcheck(options):
 
 def test_small_workspace_gives_the_same(backend, device, poisoned_empty):
     """Several slabs of the vocabulary and, in the second case, several chunks of rows a slab."""
-    p, options = problem(device, n=70, v=900), OPTIONS["everything"]
-    for size in (200_000, 20_000):
+    p, options = problem(device, n=45, v=500), OPTIONS["everything"]
+    for size in (100_000, 20_000):
         with workspace(size):
             got = run(linear_logprobs, p, options, backend=backend)
         assert_as_good_as_plain(got, p, options, torch.float32)
@@ -262,6 +262,17 @@ def test_strides_and_leading_dimensions(backend, device):
     (out.logprobs.sum() + out.entropy.sum()).backward()
     assert torch.allclose(hidden.grad.view(24, 40), leaves[0].grad, atol=1e-5)
     assert torch.allclose(weight.grad, leaves[1].grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+def test_any_integers_are_targets(backend, device, dtype):
+    p = problem(device, n=9)
+    targets = torch.tensor([0, 1, 99, 100, 101, 120, 126, 127, 5], device=device)
+    if dtype == torch.uint8:
+        targets[3] = 156  # what -100 is in 8 bits without a sign
+    want = linear_logprobs(p["hidden"], p["weight"], targets, backend=backend)
+    got = linear_logprobs(p["hidden"], p["weight"], targets.to(dtype), backend=backend)
+    assert torch.equal(got.logprobs, want.logprobs) and (got.logprobs != 0).all()
 
 
 def test_two_runs_are_bit_equal_and_graphs_can_be_used_twice(backend, device):
