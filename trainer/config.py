@@ -527,8 +527,6 @@ class Groups:
     """Fewest sequences in a group of the exact partition."""
     head_lr: float = 1e-3
     """Learning rate of the head."""
-    head_epochs: int = 2
-    """Passes of the head over an iteration's answers."""
     ema: float = 0.9
     """Memory of each group's running return, which holds the order of labels."""
     objective: Literal["variance", "group_dro", "cvar", "sequence_variance"] = "variance"
@@ -556,7 +554,6 @@ class Groups:
         _want(low <= high, "groups.clamp", list(self.clamp), "[low, high] with low <= high")
         _want(self.min_size > 0, "groups.min_size", self.min_size, "1 or more")
         _want(self.head_lr > 0, "groups.head_lr", self.head_lr, "more than 0")
-        _want(self.head_epochs > 0, "groups.head_epochs", self.head_epochs, "1 or more")
         _want(0 <= self.ema < 1, "groups.ema", self.ema, "[0, 1)")
         _want(self.dro_lr > 0, "groups.dro_lr", self.dro_lr, "more than 0")
         _want(0 < self.cvar_alpha <= 1, "groups.cvar_alpha", self.cvar_alpha, "(0, 1]")

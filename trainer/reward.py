@@ -153,7 +153,8 @@ def toy_pairs(config, policy: models.Policy, tokenizer) -> list[Pair]:
     from trainer.toy import World
 
     world, seed = World(config.toy), config.run.seed
-    prompts = world.prompts(config.rm.pairs, "train", seed=seed)
+    # 0 draws the prompts of PPO, which the reward model should not know by heart.
+    prompts = world.prompts(config.rm.pairs, "train", seed=seed + 1)
     engine = make_engine(config, tokenizer)
     engine.sync(policy)
     rollout = engine.generate(
