@@ -402,7 +402,8 @@ def linear_policy_loss(
     checks.number("clip_high", clip_high, at_least=0)
     if dual_clip is not None:
         checks.number("dual_clip", dual_clip, above=1)
-    checks.number("kl_coef", kl_coef)
+    if checks.number("kl_coef", kl_coef) and ref_logprobs is None:
+        raise checks.wrong("ref_logprobs", None, "a tensor (N), as kl_coef is not 0")
     checks.number("entropy_coef", entropy_coef)
     checks.one_of("kl_estimator", kl_estimator, ("k1", "k2", "k3"))
     temperature, temperatures = temperature_arguments(temperature, targets)

@@ -353,6 +353,7 @@ def bad_calls():
         "advantages": lambda: gk.linear_policy_loss(x, w, y, t7, t7[:3], **loss),
         "old_logprobs": lambda: gk.linear_policy_loss(x, w, y, t7[:, None], t7, **loss),
         "ref_logprobs": lambda: gk.linear_policy_loss(x, w, y, t7, t7, ref_logprobs=t7[:1], **loss),
+        "ref_logprobs  ": lambda: gk.linear_policy_loss(x, w, y, t7, t7, kl_coef=0.1, **loss),
         "kl_estimator": lambda: gk.linear_policy_loss(x, w, y, t7, t7, kl_estimator="k4", **loss),
         "clip_low": lambda: gk.linear_policy_loss(x, w, y, t7, t7, clip_low=-0.1, **loss),
         "values": ex(values=values[:, :1]),
