@@ -7,6 +7,7 @@
 #include "cpu.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <system_error>
 #include <thread>
@@ -155,44 +156,57 @@ GI_CLONES void run(const Experience<double>& e, int64_t first, int64_t end) {
   sequences(e, first, end);
 }
 
-// Advantages of sequence i minus centers[i], times scales[i]; zero stays where the mask is.
-template <class T>
-GI_INLINE void centre(T* advantages, const uint8_t* mask, const int64_t* starts, int64_t i,
-                      double center, double scale) {
-  const int64_t begin = starts[i], n = starts[i + 1] - begin;
-  T* __restrict a = advantages + begin;
-  const uint8_t* __restrict kept = mask + begin;
-  for (int64_t s = 0; s < n; ++s) {
-    const double normal = (double(a[s]) - center) * scale;
-    a[s] = kept[s] ? T(normal) : T(0);
-  }
+struct Moments {
+  double count = 0, mean = 0, m2 = 0;
+};
+
+// Chan's merge, sequence after sequence: exact where sums of squares would cancel.
+void merge(Moments& into, const double* part) {
+  const double count = into.count + part[0], delta = part[1] - into.mean;
+  if (part[0] == 0) return;
+  into.m2 += part[2] + delta * delta * into.count * part[0] / count;
+  into.mean += delta * part[0] / count;
+  into.count = count;
 }
 
 template <class T>
 struct Normalise {
   const int64_t* starts;
   const uint8_t* mask;
-  const double *centers, *scales;  // (sequences)
+  const int64_t* groups;  // (sequences), or null: one group
+  const double *means, *scales;  // (groups)
   T* advantages;
 };
 
+template <class T>
+GI_INLINE void normalise(const Normalise<T>& e, int64_t i) {
+  const int64_t begin = e.starts[i], n = e.starts[i + 1] - begin;
+  const int64_t group = e.groups ? e.groups[i] : 0;
+  const double mean = e.means[group], scale = e.scales[group];
+  T* __restrict a = e.advantages + begin;
+  const uint8_t* __restrict kept = e.mask + begin;
+  for (int64_t s = 0; s < n; ++s) {
+    const double normal = (double(a[s]) - mean) * scale;
+    a[s] = kept[s] ? T(normal) : T(0);
+  }
+}
+
 GI_CLONES void run(const Normalise<float>& e, int64_t first, int64_t end) {
-  for (int64_t i = first; i < end; ++i)
-    centre(e.advantages, e.mask, e.starts, i, e.centers[i], e.scales[i]);
+  for (int64_t i = first; i < end; ++i) normalise(e, i);
 }
 
 GI_CLONES void run(const Normalise<double>& e, int64_t first, int64_t end) {
-  for (int64_t i = first; i < end; ++i)
-    centre(e.advantages, e.mask, e.starts, i, e.centers[i], e.scales[i]);
+  for (int64_t i = first; i < end; ++i) normalise(e, i);
 }
 
-// Shares of about as many tokens each, in whole groups of lanes. A thread that cannot be started is
+// Shares of about as many tokens each, in whole groups of lanes; a quarter of a million tokens take
+// a millisecond, below which a second thread competes with those of PyTorch that still spin. A thread that cannot be started is
 // no reason to fail: its share is done here.
 template <class Work>
 void share(const Work& work, int64_t count, int threads) {
   const int64_t* starts = work.starts;
   const int64_t tokens = starts[count] - starts[0];
-  threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, tokens >> 16)));
+  threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, tokens >> 18)));
   std::vector<int64_t> bounds(threads + 1, count);
   bounds[0] = 0;
   for (int t = 1; t < threads; ++t) {
@@ -212,24 +226,41 @@ void share(const Work& work, int64_t count, int threads) {
   for (std::thread& other : others) other.join();
 }
 
+template <class T>
+void whole(Experience<T> e, int64_t count, int threads, const int64_t* groups, int64_t num_groups,
+           double eps, bool apply, T* moments) {
+  std::vector<double> parts(3 * count);
+  e.moments = parts.data();
+  share(e, count, threads);
+  if (num_groups == 0) return;
+  std::vector<Moments> merged(num_groups);
+  for (int64_t i = 0; i < count; ++i) merge(merged[groups ? groups[i] : 0], &parts[3 * i]);
+  std::vector<double> means, scales;
+  for (const Moments& m : merged) {
+    *moments++ = T(m.count), *moments++ = T(m.mean), *moments++ = T(m.m2);
+    means.push_back(m.mean);
+    scales.push_back(1 / std::sqrt(m.m2 / std::max(m.count, 1.0) + eps));
+  }
+  if (apply)
+    share(Normalise<T>{e.starts, e.mask, groups, means.data(), scales.data(), e.advantages}, count,
+          threads);
+}
+
 }  // namespace
 }  // namespace gi
 
+// num_groups 0: no moments. `apply` 0: moments alone, and advantages as they are.
 #define GI_EXPERIENCE(suffix, T)                                                                   \
   extern "C" void gi_experience_cpu_##suffix(                                                      \
       const int64_t* starts, int64_t count, int threads, const T* logprobs, const T* ref_logprobs, \
       const T* given_kl, const T* values, const uint8_t* mask, const T* scores,                    \
-      const T* kl_coefs, double gamma, double lam, T* rewards, T* kl, T* advantages, T* returns,   \
-      T* seq_kl, double* moments) {                                                                \
-    gi::share(gi::Experience<T>{starts, logprobs, ref_logprobs, given_kl, values, mask, scores,    \
+      const T* kl_coefs, const int64_t* groups, int64_t num_groups, double gamma, double lam,      \
+      double eps, int apply, T* rewards, T* kl, T* advantages, T* returns, T* seq_kl,              \
+      T* moments) {                                                                                \
+    gi::whole(gi::Experience<T>{starts, logprobs, ref_logprobs, given_kl, values, mask, scores,    \
                                 kl_coefs, gamma, gamma * lam, rewards, kl, advantages, returns,    \
-                                seq_kl, moments},                                                  \
-              count, threads);                                                                     \
-  }                                                                                                \
-  extern "C" void gi_normalise_cpu_##suffix(const int64_t* starts, int64_t count, int threads,     \
-                                            const uint8_t* mask, const double* centers,            \
-                                            const double* scales, T* advantages) {                 \
-    gi::share(gi::Normalise<T>{starts, mask, centers, scales, advantages}, count, threads);        \
+                                seq_kl, nullptr},                                                  \
+              count, threads, groups, num_groups, eps, apply != 0, moments);                       \
   }
 
 GI_EXPERIENCE(f32, float)

@@ -91,11 +91,10 @@ def _declare(name: str, loaded: ctypes.CDLL) -> None:
             solve = getattr(loaded, f"gi_partition_cpu_{suffix}")
             solve.argtypes = [pointer, pointer, int64, int64, int32, int32, int32, *results]
             getattr(loaded, f"gi_sort_cpu_{suffix}").argtypes = [pointer, int64, int32, pointer]
-            run = getattr(loaded, f"gi_experience_cpu_{suffix}")
-            run.argtypes = [pointer, int64, int32, *[pointer] * 7, *[ctypes.c_double] * 2]
+            run, real = getattr(loaded, f"gi_experience_cpu_{suffix}"), ctypes.c_double
+            run.argtypes = [pointer, int64, int32, *[pointer] * 8, int64, real, real, real, int32]
             run.argtypes += [pointer] * 6
-            normalise = getattr(loaded, f"gi_normalise_cpu_{suffix}")
-            normalise.argtypes = [pointer, int64, int32, *[pointer] * 4]
+            run.restype = None
         else:
             solve = getattr(loaded, f"gi_partition_cuda_{suffix}")
             solve.argtypes = [pointer, pointer, int64, int32, int32, int32, *results]

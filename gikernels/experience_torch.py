@@ -220,10 +220,10 @@ def experience(
         return
     one_group = torch.zeros(sequences, dtype=torch.long, device=device)
     ids = one_group if group_ids is None else group_ids.long()
-    moments = merged_moments(_row_moments(sums), ids, len(out.moments))
+    moments = _merged(_row_moments(sums), ids, len(out.moments))
     out.moments.copy_(moments.T)
     if apply_norm:
-        mean, scale = (x[ids] for x in mean_and_scale(moments, eps))
+        mean, scale = (x[ids] for x in _mean_and_scale(moments, eps))
         if cu_seqlens is not None:
             repeats = torch.tensor(lengths, device=device)
             mean, scale = (x.repeat_interleave(repeats) for x in (mean, scale))
@@ -248,7 +248,7 @@ def _row_moments(sums: Tensor) -> Tensor:
     return torch.stack([count, centre + mean_rest, squares - rest * mean_rest])
 
 
-def merged_moments(parts: Tensor, ids: Tensor, num_groups: int) -> Tensor:
+def _merged(parts: Tensor, ids: Tensor, num_groups: int) -> Tensor:
     """Moments (3, G) of groups of the columns of parts (3, S): Chan for many at once."""
     count, mean, m2 = parts
 
@@ -260,7 +260,7 @@ def merged_moments(parts: Tensor, ids: Tensor, num_groups: int) -> Tensor:
     return torch.stack([total, merged, by_group(m2 + count * (mean - merged[ids]).square())])
 
 
-def mean_and_scale(moments: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _mean_and_scale(moments: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     count, mean, m2 = moments
     return mean, torch.rsqrt(m2 / count.clamp(min=1) + eps)
 
@@ -286,7 +286,7 @@ def normalize(
     eps: float,
     out: Tensor,
 ) -> None:
-    mean, scale = mean_and_scale(moments.double().T, eps)
+    mean, scale = _mean_and_scale(moments.double().T, eps)
     one_group = torch.zeros(len(out), dtype=torch.long, device=out.device)
     ids = one_group if group_ids is None else group_ids.long()
     _normalize_rows_(out.copy_(advantages), mask, mean[ids], scale[ids])
