@@ -14,6 +14,7 @@ from pathlib import Path
 
 from trainer import config as settings
 from trainer.config import Config, ConfigError
+from trainer.faults import RunError
 
 HELP = """\
 usage: gi COMMAND CONFIG [section.key=value ...] [--dry-run] [--resume] [--output DIR]
@@ -43,7 +44,7 @@ gi report runs/toy runs/b0                     the two side by side
 STAGES = ("sft", "rm", "ppo", "metarm")
 COMMANDS = ("train", *STAGES, "eval", "report", "doctor", "keys")
 NOT_THERE_YET = ("metarm",)
-RESUMABLE: tuple[str, ...] = ()
+RESUMABLE = ("sft", "rm", "ppo")
 """Stages that can go on from a checkpoint."""
 
 
@@ -67,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(_parse(arguments))
     except KeyboardInterrupt:
         return 130
+    except RunError as error:
+        print(f"gi: {error}", file=sys.stderr)
+        return error.code
     except ValueError as error:
         # ConfigError, DataError, RewardError and UsageError are one line for a person to read;
         # any other ValueError is a bug and shows where it comes from.
@@ -109,16 +113,18 @@ def _run(args: argparse.Namespace) -> int:
         overrides.append(f"run.output={args.output}")
     config = settings.load(args.config, overrides)
     stages = config.run.stages if args.command == "train" else (args.command,)
-    _refuse_what_is_missing(config, stages, args.resume)
+    # torchrun starts a fallen run again with the same words: it goes on, and not from the start.
+    resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    _refuse_what_is_missing(config, stages, resume)
 
     from trainer import plan
 
     checked = plan.check(config, stages, dry_run=args.dry_run)
-    _check_folder(config, args.command, args.resume)
+    _check_folder(config, args.command, resume)
     if args.dry_run:
         print(plan.describe(config, stages, checked))
         return 0
-    _execute(config, args.command, stages, args.resume)
+    _execute(config, args.command, stages, resume)
     return 0
 
 
@@ -153,7 +159,7 @@ def _check_folder(config: Config, command: str, resume: bool) -> None:
 def _execute(config: Config, command: str, stages: Sequence[str], resume: bool) -> None:
     import importlib
 
-    from trainer import parallel
+    from trainer import checkpoint, parallel
     from trainer.metrics import RunFolder, say
 
     if config.run.threads:
@@ -161,9 +167,16 @@ def _execute(config: Config, command: str, stages: Sequence[str], resume: bool) 
 
         torch.set_num_threads(config.run.threads)
     run = RunFolder(config.run.output)
+    if resume and run.config.is_file():
+        changed = settings.differences(config, settings.load(str(run.config)))
+        if changed:
+            say(f"goes on with other settings: {', '.join(changed)}")
     if command != "eval" and parallel.is_main():
         run.path.mkdir(parents=True, exist_ok=True)
         run.config.write_text(config.to_yaml(), encoding="utf-8")
+    if not resume:
+        for stage in stages:  # else --resume would take an earlier run's stages for this one's
+            checkpoint.forget(run, stage)
     modules = {"sft": "sft", "rm": "reward", "ppo": "ppo", "eval": "evaluate"}
     for stage in stages:
         importlib.import_module(f"trainer.{modules[stage]}").run(config, run, resume)

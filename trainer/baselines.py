@@ -20,7 +20,7 @@ from trainer.metrics import RunFolder, say
 
 
 @contextmanager
-def running(config, run: RunFolder) -> Iterator[None]:
+def running(config, run: RunFolder, resume: bool = False) -> Iterator[None]:
     """The main run's PPO goes inside; on leaving, all baselines have ended."""
     waiting = list(config.baselines) if parallel.is_main() else []
     if not waiting:
@@ -35,7 +35,7 @@ def running(config, run: RunFolder) -> Iterator[None]:
     try:
         for _ in range(at_once):
             name = waiting.pop(0)
-            started[name] = _start(config, run, name, threads)
+            started[name] = _start(config, run, name, threads, resume)
         if at_once:
             torch.set_num_threads(threads)
         yield
@@ -43,7 +43,7 @@ def running(config, run: RunFolder) -> Iterator[None]:
         while started or waiting:
             if not started:
                 name = waiting.pop(0)
-                started[name] = _start(config, run, name, cores if on_cpu else 0)
+                started[name] = _start(config, run, name, cores if on_cpu else 0, resume)
             for name, process in list(started.items()):
                 say(f"ppo    waiting for baseline {name}")
                 _finish(run, name, process)
@@ -54,7 +54,7 @@ def running(config, run: RunFolder) -> Iterator[None]:
             process.terminate()
 
 
-def _start(config, run: RunFolder, name: str, threads: int) -> subprocess.Popen:
+def _start(config, run: RunFolder, name: str, threads: int, resume: bool) -> subprocess.Popen:
     folder = run.baseline(name)
     folder.path.mkdir(parents=True, exist_ok=True)
     inner = config.baseline(name)
@@ -71,9 +71,10 @@ def _start(config, run: RunFolder, name: str, threads: int) -> subprocess.Popen:
     )
     folder.config.write_text(inner.to_yaml())
     environment = dict(os.environ, OMP_NUM_THREADS=str(threads)) if threads else os.environ
-    with folder.log_file().open("w") as log:
+    flags = ["--resume"] if resume else []
+    with folder.log_file().open("a" if resume else "w") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "trainer", "ppo", str(folder.config)],
+            [sys.executable, "-m", "trainer", "ppo", str(folder.config), *flags],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,

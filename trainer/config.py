@@ -615,10 +615,14 @@ class Trainer:
     """Tokens in one forward and backward, in every stage: memory and speed, never the result."""
     profile: bool = False
     """Write a torch profiler trace of a few steps."""
-    save_every: int = 0
-    """Steps between checkpoints; 0: only a stage's final model."""
+    save_every: int = 50
+    """Steps between checkpoints; 0: none but on SIGTERM. The final model is always saved."""
     keep_last: int = 2
-    """Checkpoints that are kept."""
+    """Newest checkpoints that are kept."""
+    best: tuple[str, ...] = ("eval/proxy", "rm/validation_accuracy")
+    """Metrics whose highest value marks the best checkpoint, kept as well; of those with one."""
+    async_save: bool = False
+    """Write checkpoints in the background: no waiting, for one more copy of the state in memory."""
     log: tuple[str, ...] = ()
     """Beside metrics.jsonl: tensorboard, wandb."""
     progress: bool = True
@@ -761,6 +765,10 @@ def differences(ours: Config, theirs: Config) -> list[str]:
         "trainer.progress",
         "trainer.log",
         "trainer.profile",
+        "trainer.save_every",
+        "trainer.keep_last",
+        "trainer.best",
+        "trainer.async_save",
     )
     a, b = _flat(ours.to_dict()), _flat(theirs.to_dict())
     return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -106,6 +107,17 @@ class MetricsLog:
     def _append(self, name: str, line: dict) -> None:
         self.files[name].write(json.dumps(line) + "\n")
         self.files[name].flush()
+
+    def sync(self) -> None:
+        """Onto the disk, before a checkpoint that counts on it."""
+        for file in self.files.values():
+            os.fsync(file.fileno())
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         for file in self.files.values():

@@ -10,6 +10,7 @@ vocabulary, n answer tokens in all.
 from __future__ import annotations
 
 import copy
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -84,9 +85,7 @@ class Policy(nn.Module):
         return self.model.get_output_embeddings()
 
     def save(self, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        with quietly():
-            self.model.save_pretrained(path)
-            tokenizer.save_pretrained(path)
+        save_pretrained(self.model, path, tokenizer)
 
 
 class RewardModel(nn.Module):
@@ -123,9 +122,7 @@ class RewardModel(nn.Module):
         return scores.sum(1) / sequences.answer_lengths
 
     def save(self, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        with quietly():
-            self.model.save_pretrained(path)
-            tokenizer.save_pretrained(path)
+        save_pretrained(self.model, path, tokenizer)
 
 
 class Critic(nn.Module):
@@ -195,6 +192,17 @@ def quietly():
         transformers.logging.set_verbosity(level)
         if bars:
             transformers.logging.enable_progress_bar()
+
+
+def save_pretrained(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """In Hugging Face format; written aside and renamed, so that what is there is whole."""
+    aside = path.with_name(f".{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    with quietly():
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+    shutil.rmtree(path, ignore_errors=True)
+    aside.rename(path)
 
 
 def load_tokenizer(source: str, config) -> PreTrainedTokenizerBase:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from trainer import parallel
+
 
 class Optimizer:
     """The learning rate is a function of the step alone, so there is no scheduler to save."""
@@ -51,7 +53,17 @@ class Optimizer:
         return rise * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
 
     def state_dict(self) -> dict:
-        return self.adamw.state_dict()
+        """AdamW's moments and steps, by the parameters' order; shared with it, so that a checkpoint
+        is read in place. What it has not made yet is made, as zeros."""
+        for p in self.params:
+            if p not in self.adamw.state:
+                self.adamw.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parallel.local(p).device),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+        return {str(i): self.adamw.state[p] for i, p in enumerate(self.params)}
 
     def load_state_dict(self, state: dict) -> None:
-        self.adamw.load_state_dict(state)
+        for i, p in enumerate(self.params):
+            self.adamw.state[p] = state[str(i)]

@@ -7,12 +7,14 @@ denominators that `all_sum` has made global, and asks `is_main()` before it writ
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import resource
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def device() -> torch.device:
@@ -51,6 +53,42 @@ def all_gather(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(world_size())]
     torch.distributed.all_gather(parts, x.contiguous())
     return torch.cat(parts)
+
+
+def any_true(flag: bool) -> bool:
+    """Whether it is true on some rank."""
+    return bool(all_sum(torch.tensor(float(flag), device=device())))
+
+
+def all_true(flag: bool) -> bool:
+    return not any_true(not flag)
+
+
+def gather_objects(x: object) -> list:
+    """One small object of each rank, on every rank."""
+    if world_size() == 1:
+        return [x]
+    out = [None] * world_size()
+    torch.distributed.all_gather_object(out, x, group=cpu_group())
+    return out
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    gather_objects(None)
+
+
+@functools.cache
+def cpu_group():
+    """For what is not on a GPU: small objects, checkpoints written in the background."""
+    if world_size() == 1:
+        return None
+    return torch.distributed.new_group(backend="gloo")
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def generator(*names: object) -> torch.Generator:

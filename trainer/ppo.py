@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trainer import baselines, models, ops, parallel
 from trainer.batching import Sequences, batch_indices, forward_all, micro_batches, minibatches
-from trainer.checkpoint import TrainState
+from trainer.checkpoint import Checkpoints, TrainState, finished
 from trainer.data import Prompt, load_prompts
 from trainer.evaluate import Evaluator, Judge, by_label, few_of_each_domain, make_judge
 from trainer.experience import estimate, explained_variance, forward_models
@@ -33,22 +33,29 @@ from trainer.scoring import Normaliser, Scorer
 
 
 def run(config, run: RunFolder, resume: bool = False) -> None:
-    with baselines.running(config, run):
-        train(config, run)
+    with baselines.running(config, run, resume):
+        if resume and finished(run, "ppo", config.ppo.steps):
+            say("ppo    is done")
+        else:
+            train(config, run, resume)
     compared = {_title(config): run, **{n: run.baseline(n) for n in config.baselines}}
     if table := final_table(compared):
         say(table)
 
 
-def train(config, run: RunFolder) -> None:
+def train(config, run: RunFolder, resume: bool = False) -> None:
     t = Setup.of(config, run)
-    log = MetricsLog(run, ("ppo", "eval"), t.state.step, config.trainer.log)
     say(f"ppo    {t.groups.describe()}")
-    if t.state.step == 0:
-        t.engine.sync(t.policy)
-        metrics, _ = t.evaluator(t.policy)
-        log.write("eval", 0, metrics, policy="sft")
-    with progress("ppo", config.ppo.steps, t.state.step, config.trainer.progress) as show:
+    with (
+        Checkpoints(config, run, "ppo", t.state, resume) as checkpoints,
+        MetricsLog(run, ("ppo", "eval"), t.state.step, config.trainer.log) as log,
+        progress("ppo", config.ppo.steps, t.state.step, config.trainer.progress) as show,
+    ):
+        t.reference_scores.fill(t)
+        if t.state.step == 0:
+            t.engine.sync(t.policy)
+            metrics, _ = t.evaluator(t.policy)
+            log.write("eval", 0, metrics, policy="sft")
         while t.state.step < config.ppo.steps:
             metrics = iteration(t, t.state.step)
             t.state.step += 1
@@ -56,12 +63,14 @@ def train(config, run: RunFolder) -> None:
             show(headline(metrics))
             last = t.state.step == config.ppo.steps
             if last or (config.eval.every and t.state.step % config.eval.every == 0):
-                metrics, samples = t.evaluator(t.policy, t.critic, t.groups)
-                log.write("eval", t.state.step, metrics, policy="policy")
+                evaluation, samples = t.evaluator(t.policy, t.critic, t.groups)
+                log.write("eval", t.state.step, evaluation, policy="policy")
                 few = few_of_each_domain(samples, config.eval.final_samples)
                 log.write_samples("eval", t.state.step, samples if last else few)
-    t.policy.save(run.model("policy"), t.tokenizer)
-    log.close()
+                metrics |= evaluation
+            checkpoints.after_step(log, metrics)
+        t.policy.save(run.model("policy"), t.tokenizer)
+        checkpoints.end()
 
 
 def iteration(t: Setup, step: int) -> dict[str, float]:
@@ -97,9 +106,7 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
             config.groups.performance,
             scores,
             raw["total"],
-            t.reference_scores[chosen].repeat_interleave(samples, 0)
-            if t.reference_scores is not None
-            else None,
+            t.reference_scores.of(chosen, samples),
             t.normaliser.scale,
         )
         if config.groups.returns == "penalised":
@@ -285,7 +292,7 @@ class Setup:
     groups: Groups
     evaluator: Evaluator
     judge: Judge | None
-    reference_scores: Tensor | None  # (prompts, k) where performance is over the reference's
+    reference_scores: ReferenceScores
     state: TrainState
 
     @staticmethod
@@ -319,10 +326,11 @@ class Setup:
         engine = make_engine(config, tokenizer)
         scorer = Scorer(config, tokenizer, reward, reward_tokenizer)
         normaliser = Normaliser(config)
+        reference_scores = ReferenceScores(config, len(prompts))
         state = TrainState(
             {"policy": policy, "critic": critic},
             {"policy": policy_optimizer, "critic": critic_optimizer},
-            {"normaliser": normaliser, "groups": groups},
+            {"normaliser": normaliser, "groups": groups, "reference_scores": reference_scores},
         )
         return Setup(
             config=config,
@@ -339,7 +347,7 @@ class Setup:
             groups=groups,
             evaluator=Evaluator(config, tokenizer, engine, scorer, reference),
             judge=make_judge(config, config.data.prompts),
-            reference_scores=score_reference(config, prompts, reference, engine, scorer),
+            reference_scores=reference_scores,
             state=state,
         )
 
@@ -350,35 +358,47 @@ class Setup:
             return forward_all(self.critic, sequences, budget)[1]
 
 
-def score_reference(
-    config, prompts: list[Prompt], reference: Policy, engine: Engine, scorer: Scorer
-) -> Tensor | None:
-    """(prompts, k) raw scores of k answers of the reference policy to each prompt that this run
-    will meet; sampled once, before training, when the engine's weights are the reference's."""
-    settings, ppo = config.groups, config.ppo
-    if not settings.active or settings.performance not in ("over_reference", "quantile"):
-        return None
-    k = settings.reference_answers
-    met = sorted(
-        {
-            i
-            for step in range(ppo.steps)
-            for i in batch_indices(len(prompts), ppo.prompts_per_step, step, config.run.seed, "ppo")
-        }
-    )
-    out = torch.full((len(prompts), k), torch.nan, device=parallel.device())
-    engine.sync(reference)
-    size = max(1, config.rollout.batch // k)
-    for start in range(0, len(met), size):
-        here = met[start : start + size]
-        some = [prompts[i] for i in here]
-        rollout = engine.generate(
-            [p.ids for p in some], k, parallel.generator(config.run.seed, "reference", start)
-        )
-        repeated = [p for p in some for _ in range(k)]
-        scores = scorer(repeated, rollout.sequences, rollout.truncated)["total"]
-        out[torch.tensor(here, device=out.device)] = scores.view(-1, k)
-    return out
+class ReferenceScores:
+    """Raw scores of k answers of the reference policy to each prompt that the run will meet.
+
+    Sampled once, before training; kept in the checkpoints. Empty where nothing asks for them.
+    """
+
+    def __init__(self, config, prompts: int) -> None:
+        groups = config.groups
+        self.asked = groups.active and groups.performance in ("over_reference", "quantile")
+        shape = (prompts, groups.reference_answers) if self.asked else (0, 0)
+        self.scores = torch.full(shape, torch.nan, device=parallel.device())  # (prompts, k)
+
+    def of(self, chosen: list[int], samples: int) -> Tensor | None:  # (S, k)
+        return self.scores[chosen].repeat_interleave(samples, 0) if self.asked else None
+
+    def fill(self, t: Setup) -> None:
+        """Sample and score for prompts that have none yet."""
+        if not self.asked:
+            return
+        config, k, seed = t.config, self.scores.shape[1], t.config.run.seed
+        count, per_step = len(t.prompts), config.ppo.prompts_per_step
+        steps = range(config.ppo.steps)
+        met = {i for step in steps for i in batch_indices(count, per_step, step, seed, "ppo")}
+        missing = self.scores[:, 0].isnan().tolist()
+        todo = sorted(i for i in met if missing[i])
+        t.engine.sync(t.reference)
+        size = max(1, config.rollout.batch // k)
+        for start in range(0, len(todo), size):
+            here = todo[start : start + size]
+            some = [t.prompts[i] for i in here]
+            draws = parallel.generator(seed, "reference", start)
+            rollout = t.engine.generate([p.ids for p in some], k, draws)
+            repeated = [p for p in some for _ in range(k)]
+            scores = t.scorer(repeated, rollout.sequences, rollout.truncated)["total"]
+            self.scores[torch.tensor(here, device=scores.device)] = scores.view(-1, k)
+
+    def state_dict(self) -> dict:
+        return {"scores": self.scores}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.scores = state["scores"]
 
 
 # --- figures --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainer import models, ops, parallel
 from trainer.batching import Sequences, batch_indices, forward_all, micro_batches
-from trainer.checkpoint import TrainState
+from trainer.checkpoint import Checkpoints, TrainState, finished
 from trainer.data import DataError, Pair, load_pairs
 from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, progress, say
 from trainer.optim import Optimizer
@@ -24,6 +24,9 @@ from trainer.rollout import make_engine
 
 def run(config, run: RunFolder, resume: bool = False) -> None:
     seed, settings = config.run.seed, config.rm
+    if resume and finished(run, "rm", settings.steps):
+        say("rm     is done")
+        return
     start = models.policy_source(config, run)
     tokenizer = models.load_tokenizer(start, config)
     if config.data.pairs == "toy":
@@ -43,9 +46,11 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
         decay_until=settings.steps,
     )
     state = TrainState({"reward": model}, {"reward": optimizer})
-    log = MetricsLog(run, ("rm",), state.step, config.trainer.log)
-
-    with progress("rm", settings.steps, state.step, config.trainer.progress) as show:
+    with (
+        Checkpoints(config, run, "rm", state, resume) as checkpoints,
+        MetricsLog(run, ("rm",), state.step, config.trainer.log) as log,
+        progress("rm", settings.steps, state.step, config.trainer.progress) as show,
+    ):
         while state.step < settings.steps:
             timer, averages = Timer(), Averages()
             batch = [pairs[i] for i in batch_indices(len(pairs), settings.batch, state.step, seed)]
@@ -73,11 +78,12 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
                 metrics["rm/validation_accuracy"] = accuracy(config, model, validation, tokenizer)
             log.write("rm", state.step, metrics)
             show({"loss": metrics["rm/loss"], "accuracy": metrics["rm/accuracy"]})
-    if validation:
-        share = accuracy(config, model, validation, tokenizer)
-        say(f"rm     held-out pairs ordered rightly: {share:.1%} of {len(validation)}")
-    model.save(run.model("rm"), tokenizer)
-    log.close()
+            checkpoints.after_step(log, metrics)
+        if validation:
+            share = accuracy(config, model, validation, tokenizer)
+            say(f"rm     held-out pairs ordered rightly: {share:.1%} of {len(validation)}")
+        model.save(run.model("rm"), tokenizer)
+        checkpoints.end()
 
 
 def check_columns(settings, pairs: list[Pair]) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from trainer import models, parallel
 from trainer.batching import Sequences, batch_indices, micro_batches
-from trainer.checkpoint import TrainState
+from trainer.checkpoint import Checkpoints, TrainState, finished
 from trainer.data import load_demonstrations
-from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, progress
+from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, progress, say
 from trainer.optim import Optimizer
 
 
 def run(config, run: RunFolder, resume: bool = False) -> None:
     seed, settings = config.run.seed, config.sft
+    if resume and finished(run, "sft", settings.steps):
+        say("sft    is done")
+        return
     tokenizer = models.load_tokenizer(config.model.policy, config)
     demonstrations = load_demonstrations(config, tokenizer)
     policy = models.load_policy(config.model.policy, config).train()
@@ -23,9 +26,11 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
         decay_until=settings.steps,
     )
     state = TrainState({"policy": policy}, {"policy": optimizer})
-    log = MetricsLog(run, ("sft",), state.step, config.trainer.log)
-
-    with progress("sft", settings.steps, state.step, config.trainer.progress) as show:
+    with (
+        Checkpoints(config, run, "sft", state, resume) as checkpoints,
+        MetricsLog(run, ("sft",), state.step, config.trainer.log) as log,
+        progress("sft", settings.steps, state.step, config.trainer.progress) as show,
+    ):
         while state.step < settings.steps:
             timer, averages = Timer(), Averages()
             chosen = batch_indices(len(demonstrations), settings.batch, state.step, seed, "sft")
@@ -49,5 +54,6 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
             metrics.update(timer.metrics(int(parallel.all_sum(batch.lengths.sum()))))
             log.write("sft", state.step, metrics)
             show({"loss": metrics["sft/loss"]})
-    policy.save(run.model("sft"), tokenizer)
-    log.close()
+            checkpoints.after_step(log, metrics)
+        policy.save(run.model("sft"), tokenizer)
+        checkpoints.end()

@@ -1,0 +1,58 @@
+"""Processes that may be killed, forked from a server that has only imported."""
+
+import multiprocessing
+import os
+import signal
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["tests.trainer.children", "trainer.ppo", "trainer.reward"])
+
+
+def start(function, *arguments):
+    process = context.Process(target=_run, args=(function, *arguments))
+    process.start()
+    return process
+
+
+def run(function, *arguments) -> int:
+    """Exit code; -9 for one that was killed."""
+    process = start(function, *arguments)
+    process.join(120)
+    assert process.exitcode is not None, "hangs"
+    return process.exitcode
+
+
+def _run(function, *arguments):
+    import torch
+
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def kill_at(stage, step):
+    """This process dies, as by kill -9, when this line of metrics.jsonl has been written."""
+    from trainer.metrics import MetricsLog
+
+    write = MetricsLog.write
+
+    def write_and_die(self, of, at, *arguments, **labels):
+        write(self, of, at, *arguments, **labels)
+        if (of, at) == (stage, step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    MetricsLog.write = write_and_die
+
+
+def train(overrides, output, stages, resume=False, kill=None):
+    """The stages one after another, as `gi train` runs them."""
+    import importlib
+
+    from tests.trainer import tiny
+    from trainer.metrics import RunFolder
+
+    if kill:
+        kill_at(*kill)
+    run = RunFolder(output)
+    config = tiny.config(output, *overrides)
+    for stage in stages:
+        importlib.import_module(f"trainer.{stage}").run(config, run, resume)
