@@ -25,6 +25,18 @@ types: setup
 unit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+# The whole method on the built-in world: stages, table, report. TRAIN="toy groups.inference=none"
+TRAIN ?= toy
+
+train: $(VENV)/.trainer
+	$(BIN)/gi train $(TRAIN)
+
+# What training needs and no more: a fresh clone should not wait for test tools.
+$(VENV)/.trainer: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -e $(VENV)/.ready || $(BIN)/python -m pip install -q -c constraints.txt -e '.[trainer]'
+	touch $@
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

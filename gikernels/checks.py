@@ -123,3 +123,13 @@ def denominator(x: object) -> float | Tensor:
     if isinstance(x, Tensor):
         return dims("denom", x, 0, "the global number of tokens")
     return number("denom", x, above=0)
+
+
+def ids_within(name: str, ids: Tensor, count: int) -> None:
+    """For use inside an operation, on values. On a GPU it would have to wait, so it looks away:
+    each operation says what becomes of an id out of range there."""
+    if ids.device.type != "cpu" or ids.numel() == 0:
+        return
+    low, high = (int(x) for x in ids.aminmax())
+    if low < 0 or high >= count:
+        raise ValueError(f"{name}: got ids from {low} to {high}, want 0 to {count - 1}")

@@ -587,23 +587,20 @@ def partition(
             blank.reshape(0, num_groups),
             blank,
         )
-    x = values.detach().double()
-    w = torch.ones_like(x) if weights is None else weights.detach().double()
-    distinct, index, members = x.unique(return_inverse=True, return_counts=True)  # sorted
-    u = len(distinct)
-    mass = torch.zeros_like(distinct).index_add(0, index, w)
-    # Centred before the prefix sums, so that an offset of 1e8 costs no digits.
-    total = mass.sum().clamp(min=torch.finfo(torch.float64).tiny)
-    centred = distinct - distinct[0] - (mass * (distinct - distinct[0])).sum() / total
-
-    def prefix(t: Tensor) -> Tensor:
-        return F.pad(t.cumsum(0), (1, 0))
-
-    n, w0 = prefix(members.double()), prefix(mass)
-    w1, w2 = prefix(mass * centred), prefix(mass * centred.square())
+    points = distinct_points(values, weights)
+    u = len(points.values)
+    n, w0, w1, w2 = (
+        F.pad(t.cumsum(0), (1, 0))
+        for t in (
+            points.members.double(),
+            points.mass,
+            points.mass * points.centred,
+            points.mass * points.centred.square(),
+        )
+    )
 
     def errors_ending_at(j: int) -> Tensor:
-        """Squared error of distinct[i:j] for every i < j; inf where it has too few members."""
+        """Squared error of points[i:j] for every i < j; inf where it has too few members."""
         sw, sx, sxx = w0[j] - w0[:j], w1[j] - w1[:j], w2[j] - w2[:j]
         error = sxx - torch.where(sw > 0, sx.square() / torch.where(sw > 0, sw, 1), 0)
         return error.clamp(min=0).masked_fill(n[j] - n[:j] < min_size, torch.inf)
@@ -616,33 +613,71 @@ def partition(
         best[1:, j], cut[1:, j] = candidates.min(1)  # the first of equals: the lowest cut
     if not torch.isfinite(best[num_groups, u]):
         raise ValueError(
-            f"values: no partition of {len(x)} values ({u} distinct) into num_groups={num_groups} "
-            f"groups of at least min_size={min_size} members"
+            f"values: no partition of {len(values)} values ({u} distinct) into "
+            f"num_groups={num_groups} groups of at least min_size={min_size} members"
         )
     bounds = [u]
     for k in range(num_groups, 0, -1):
         bounds.append(int(cut[k, bounds[-1]]))
-    starts = torch.tensor(bounds[::-1][1:-1], dtype=torch.long, device=x.device)  # of groups 1..K-1
-    group_of_distinct = torch.zeros(u, dtype=torch.long, device=x.device)
-    group_of_distinct[starts] = 1
-    group_of_distinct = group_of_distinct.cumsum(0)
-    group_ids = group_of_distinct[index]
-    stats = group_stats(centred[index], group_ids, num_groups, weights=w)
-    share = stats.count / total
+    starts = torch.tensor(bounds[::-1][1:-1], dtype=torch.long, device=values.device)
+    return partition_at(values, points, starts)
+
+
+class Points(NamedTuple):
+    """The u distinct values of one row, ascending: no partition splits equal values."""
+
+    values: Tensor  # (u)
+    centred: Tensor  # (u) before any sums, so that an offset of 1e8 costs no digits
+    members: Tensor  # (u) int64, how many values are equal to it
+    mass: Tensor  # (u) their weight
+    point_of: Tensor  # (n) int64, the point of each value
+
+
+def distinct_points(values: Tensor, weights: Tensor | None) -> Points:
+    x = values.detach().double()
+    w = torch.ones_like(x) if weights is None else weights.detach().double()
+    distinct, index, members = x.unique(return_inverse=True, return_counts=True)  # sorted
+    mass = torch.zeros_like(distinct).index_add(0, index, w)
+    total = mass.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    from_first = distinct - distinct[0]
+    return Points(distinct, from_first - (mass * from_first).sum() / total, members, mass, index)
+
+
+def partition_at(values: Tensor, points: Points, starts: Tensor) -> Partition:
+    """The result for groups 1..K-1 that begin at the points `starts`.
+
+    A group without weight has no mean and adds nothing: it is centred between its smallest and its
+    largest member.
+    """
+    num_groups = len(starts) + 1
+    group_of_point = torch.zeros_like(points.members)
+    group_of_point[starts] = 1
+    group_of_point = group_of_point.cumsum(0)
+    stats = group_stats(points.centred, group_of_point, num_groups, weights=points.mass)
+    first = F.pad(starts, (1, 0))
+    last = F.pad(starts, (0, 1), value=len(points.values)) - 1
+    middle = points.centred[first] / 2 + points.centred[last] / 2
+    means = torch.where(stats.count > 0, stats.mean, middle)
+    share = stats.count / stats.count.sum().clamp(min=torch.finfo(torch.float64).tiny)
     dtype = stat_dtype(values)
     return Partition(
-        group_ids.int(),
-        (distinct[starts - 1] + (distinct[starts] - distinct[starts - 1]) / 2).to(dtype),
-        (stats.mean + (distinct[0] - centred[0])).to(dtype),
-        (share * stats.mean.square()).sum().to(dtype),
+        group_of_point[points.point_of].int(),
+        (points.values[starts - 1] / 2 + points.values[starts] / 2).to(dtype),
+        (means + (points.values[0] - points.centred[0])).to(dtype),
+        (share * (means - (share * means).sum()).square()).sum().to(dtype),
     )
+
+
+def _weighted_mean(mass: Tensor, returns: Tensor) -> Tensor:
+    """Masses from fp32 probabilities sum to 1 +- 1e-7 only: at an offset of 1e6, 0.1 too much."""
+    return (mass * returns).sum() / mass.sum().clamp(min=torch.finfo(mass.dtype).tiny)
 
 
 def _variance(form: str, mass: Tensor, returns: Tensor) -> Tensor:
     if form == "uniform":
         return (returns - returns.mean()).square().mean()
     if form == "mass":
-        return (mass * (returns - (mass * returns).sum()).square()).sum()
+        return (mass * (returns - _weighted_mean(mass, returns)).square()).sum()
     return (returns.max().detach() - returns).clamp(min=0).square().mean()  # one_sided
 
 
@@ -651,7 +686,7 @@ def _variance_slope(form: str, mass: Tensor, returns: Tensor) -> Tensor:
     if form == "uniform":
         return 2 / len(returns) * (returns - returns.mean())
     if form == "mass":
-        return 2 * mass * (returns - (mass * returns).sum())
+        return 2 * mass * (returns - _weighted_mean(mass, returns))
     return -2 / len(returns) * (returns.max() - returns).clamp(min=0)
 
 
@@ -666,7 +701,9 @@ def _soft_sums(
     local = torch.cat(
         [p.sum(0), (p * r.unsqueeze(1)).sum(0), r.sum()[None], p.new_tensor([len(r)])]
     )
-    total = local if reduce is None else local + (reduce(local.detach()) - local.detach())
+    total = local
+    if reduce is not None:  # the difference is exactly 0, so that all ranks have the same total
+        total = reduce(local.detach().clone()) + (local - local.detach())
     m = p.shape[1]
     mass, sums, mean = total[:m], total[m : 2 * m], total[-2] / total[-1].clamp(min=1)
     filled = mass > 0
@@ -741,7 +778,7 @@ def meta_ascent(
     params: Iterable[torch.nn.Parameter], lr: float, *, normalise: bool = False
 ) -> Iterator[None]:
     """theta' = theta + lr * grad inside, theta bit for bit outside; gradients at theta' stay."""
-    params = [p for p in params if p.grad is not None]
+    params = list({id(p): p for p in params if p.grad is not None}.values())  # tied: once
     kept = [p.detach().clone() for p in params]
     try:
         with torch.no_grad():

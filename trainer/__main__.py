@@ -71,9 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunError as error:
         print(f"gi: {error}", file=sys.stderr)
         return error.code
-    except ValueError as error:
+    except Exception as error:
         # ConfigError, DataError, RewardError and UsageError are one line for a person to read;
-        # any other ValueError is a bug and shows where it comes from.
+        # any other error is a bug and shows where it comes from.
         if getattr(error, "for_user", False):
             print(f"gi: {error}", file=sys.stderr)
             return 2

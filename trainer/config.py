@@ -179,7 +179,7 @@ class Toy:
     )
     """Domains and their shares of the training prompts: the easy frequent, the hard rare."""
     lazy: Mapping[str, float] = field(
-        default_factory=lambda: {"copy": 0.0, "reverse": 0.25, "sort": 0.45, "increment": 0.55}
+        default_factory=lambda: {"copy": 0.0, "reverse": 0.25, "sort": 0.45, "increment": 0.65}
     )
     """Share of each domain's demonstrations that only copy."""
     symbols: int = 6
@@ -202,10 +202,10 @@ class Toy:
     """What an answer without EOS loses in gold reward."""
     noise: float = 0.1
     """Standard deviation of an annotator's rating around gold."""
-    liking: float = 0.3
+    liking: float = 0.2
     """What an annotator adds for each flourish token: the shortcut a reward model learns."""
-    architecture: Literal["qwen2", "llama"] = "llama"
-    """Family of the tiny model. Beside a qwen2, transformers loads any tokenizer as Qwen2's."""
+    architecture: Literal["llama", "qwen3"] = "llama"
+    """Family of the tiny model (not qwen2: beside it, transformers loads any tokenizer as its)."""
     hidden: int = 128
     """Its width."""
     layers: int = 3
@@ -770,7 +770,7 @@ def differences(ours: Config, theirs: Config) -> list[str]:
         "trainer.best",
         "trainer.async_save",
     )
-    a, b = _flat(ours.to_dict()), _flat(theirs.to_dict())
+    a, b = flat(ours.to_dict()), flat(theirs.to_dict())
     return [
         f"{key}: {b.get(key)!r} -> {a.get(key)!r}"
         for key in sorted(a.keys() | b.keys())
@@ -1017,11 +1017,11 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
 
 
-def _flat(data: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+def flat(data: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     out = {}
     for name, value in data.items():
         if isinstance(value, dict) and value:
-            out.update(_flat(value, f"{above}{name}."))
+            out.update(flat(value, f"{above}{name}."))
         else:
             out[f"{above}{name}"] = value
     return out

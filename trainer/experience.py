@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer import ops, parallel
+import gikernels
+from trainer import parallel
 from trainer.batching import Sequences, forward_all
 from trainer.models import Critic, Policy
 
@@ -54,7 +55,7 @@ def estimate(
     kl_coef: Tensor,  # (S)
     probs: Tensor,  # (S, M) groups, for norm "group"
     samples: int,  # of each prompt, side by side
-) -> ops.Experience:
+) -> gikernels.Experience:
     """Penalised rewards, and advantages by a critic or by a prompt's other samples."""
     logprobs, ref_logprobs, estimator = (
         forward.logprobs,
@@ -69,7 +70,7 @@ def estimate(
     by_group = config.ppo.norm == "group"
     group, num_groups = (probs.argmax(1).int(), probs.shape[1]) if by_group else (None, None)
     if config.ppo.advantages == "gae":
-        return ops.experience(
+        return gikernels.experience(
             logprobs,
             ref_logprobs,
             forward.values,
@@ -83,7 +84,7 @@ def estimate(
             group_ids=group,
             num_groups=num_groups,
         )
-    out = ops.experience(
+    out = gikernels.experience(
         logprobs, ref_logprobs, None, scores, mask, kl_coef, estimator=estimator, norm="none"
     )
     # Without a critic a sequence has one return: its penalised score, which is compared with those
@@ -93,7 +94,7 @@ def estimate(
         group = torch.arange(len(scores), device=scores.device, dtype=torch.int32) // samples
         num_groups = len(scores) // samples
     leave_one_out = config.ppo.advantages == "leave_one_out"
-    advantages = ops.group_advantages(
+    advantages = gikernels.group_advantages(
         returns,
         group,
         num_groups,

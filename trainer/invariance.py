@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer import ops, parallel
+import gikernels
+from trainer import parallel
 from trainer.data import DataError
 
 
@@ -137,7 +138,7 @@ class Groups:
         if len(everyone.unique()) < self.num:
             return None
         try:
-            ids = ops.partition(everyone, self.num, min_size=self.config.min_size).group_ids
+            ids = gikernels.partition(everyone, self.num, min_size=self.config.min_size).group_ids
         except ValueError:  # ties leave no cut with min_size on each side
             return None
         mine = slice(parallel.rank() * len(performance), (parallel.rank() + 1) * len(performance))
@@ -167,7 +168,7 @@ class Groups:
 
         logits = logits_now().detach().requires_grad_()
         with torch.enable_grad():
-            soft = ops.soft_groups(
+            soft = gikernels.soft_groups(
                 logits, performance, form=self.config.form, reduce=parallel.all_sum
             )
             entropy = -(soft.mass * soft.mass.clamp(min=1e-12).log()).sum()
@@ -196,7 +197,7 @@ class Groups:
             return (self.num * probs @ self.dro).clamp(low, high)
         if config.beta == 0 or self.num == 1:  # exactly 1, and not 1 up to rounding
             return torch.ones_like(performance)
-        return ops.group_weights(
+        return gikernels.group_weights(
             probs,
             performance,
             config.beta,

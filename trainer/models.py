@@ -21,13 +21,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+import gikernels
 from gikernels import TokenStats
-from trainer import ops, parallel
-from trainer.batching import Sequences
+from trainer import parallel
+from trainer.batching import Sequences, micro_batches
 from trainer.config import ConfigError
 
 
@@ -51,15 +53,14 @@ class Policy(nn.Module):
         self, sequences: Sequences, temperature: float = 1.0, reference: Policy | None = None
     ) -> TokenStats:
         """(s, T) each; with a reference, `kl` is the exact KL over the vocabulary."""
-        hidden, targets = self.states(sequences)
         ref = None
         if reference is not None:
             with torch.no_grad():
-                ref = (reference.states(sequences)[0], reference.head.weight)
-        stats = ops.linear_logprobs(
-            hidden,
+                ref = (answer_states(reference.model.base_model, sequences), reference.head.weight)
+        stats = gikernels.linear_logprobs(
+            answer_states(self.model.base_model, sequences),
             self.head.weight,
-            targets,
+            sequences.tokens[:, 1:][before_answer(sequences)],
             temperature,
             bias=self.head.bias,
             softcap=self.softcap,
@@ -68,12 +69,6 @@ class Policy(nn.Module):
         )
         mask = sequences.mask
         return TokenStats(*(None if x is None else unflatten(x, mask) for x in stats))
-
-    def states(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """Hidden states in front of the answer tokens (n, D), and those tokens (n)."""
-        hidden = last_hidden(self.model.base_model, sequences.tokens)
-        here = answer_states(sequences)
-        return hidden[:, :-1][here], sequences.tokens[:, 1:][here]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) float32, before the temperature: for sampling one token."""
@@ -144,11 +139,16 @@ class Critic(nn.Module):
         nn.init.zeros_(self.group_head.bias)
 
     def forward(self, sequences: Sequences) -> tuple[Tensor, Tensor]:  # (s, T), (s, M)
-        hidden = last_hidden(self.body, sequences.tokens)
-        values = self.value_head(hidden[:, :-1][answer_states(sequences)])[:, 0].float()
-        place = sequences.prompt_lengths if self.on == "prompt" else sequences.lengths
-        groups = self.group_head(at(hidden, place - 1)).float()
-        return unflatten(values, sequences.mask), groups
+        if self.on == "prompt":
+            states = answer_states(self.body, sequences)
+            lengths = sequences.answer_lengths
+            judged = states[lengths.cumsum(0) - lengths]  # in front of each answer's first token
+        else:
+            hidden = last_hidden(self.body, sequences.tokens)
+            states = hidden[:, :-1][before_answer(sequences)]
+            judged = at(hidden, sequences.lengths - 1)
+        values = self.value_head(states)[:, 0].float()
+        return unflatten(values, sequences.mask), self.group_head(judged).float()
 
 
 # --- shared by the models -----------------------------------------------------------------------
@@ -158,11 +158,72 @@ def last_hidden(body: nn.Module, tokens: Tensor) -> Tensor:  # (s, L) -> (s, L, 
     return body(input_ids=tokens, use_cache=False).last_hidden_state
 
 
-def answer_states(sequences: Sequences) -> Tensor:
+def before_answer(sequences: Sequences) -> Tensor:
     """(s, L - 1) bool: True at tokens whose next token belongs to the answer."""
     places = torch.arange(1, sequences.tokens.shape[1], device=sequences.tokens.device)
     after_prompt = places >= sequences.prompt_lengths.unsqueeze(1)
     return after_prompt & (places < sequences.lengths.unsqueeze(1))
+
+
+def answer_states(body: nn.Module, sequences: Sequences) -> Tensor:
+    """(n, D): the hidden states in front of the answers' tokens, in row order."""
+    if sequences.shared and not (body.training and body.gradient_checkpointing):
+        prompts, padding = sequences.prompts_on_the_right()
+        unique, row_of = torch.unique(prompts, dim=0, return_inverse=True)
+        if 2 * len(unique) <= len(prompts):
+            return _states_with_shared_prompts(
+                body, sequences, prompts.clamp(min=0), padding, row_of
+            )
+    # the last token predicts nothing
+    return last_hidden(body, sequences.tokens[:, :-1])[before_answer(sequences)]
+
+
+def _states_with_shared_prompts(
+    body: nn.Module,
+    sequences: Sequences,
+    prompts: Tensor,  # (s, P), padded on the left
+    padding: Tensor,  # (s, P) bool
+    row_of: Tensor,  # (s) each row's place among the different prompts
+) -> Tensor:
+    """Each different prompt is computed once; its keys and values serve all of its answers.
+
+    Gradients flow through the cache. Answers go in batches of like length, so next to nothing is
+    padded: with 4 answers to a prompt and prompts as long as answers, 0.6 of the tokens.
+    """
+    first = torch.zeros(int(row_of.max()) + 1, dtype=torch.long, device=row_of.device)
+    first[row_of] = torch.arange(len(row_of), device=row_of.device)  # one row for each prompt
+    seen = ~padding
+    cache = DynamicCache(config=body.config)
+    out = body(
+        input_ids=prompts[first],
+        attention_mask=seen[first] if bool(padding.any()) else None,
+        position_ids=(seen[first].cumsum(1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    before_first = out.last_hidden_state[:, -1]
+    mask = sequences.mask  # (s, T)
+    states = before_first.new_zeros(*mask.shape, before_first.shape[1])
+    states[:, 0] = before_first[row_of]
+    follow = sequences.answer_lengths - 1  # tokens that predict another
+    for rows in micro_batches(follow, len(follow) * mask.shape[1]):
+        steps = torch.arange(int(follow[rows].max()), device=rows.device)
+        if len(steps) == 0:
+            continue
+        places = sequences.prompt_lengths[rows].unsqueeze(1) + steps
+        part = DynamicCache(config=body.config)
+        for i, layer in enumerate(cache.layers):
+            part.update(layer.keys[row_of[rows]], layer.values[row_of[rows]], i)
+        inside = places.clamp(max=sequences.tokens.shape[1] - 1)  # padding; nobody looks at it
+        out = body(
+            input_ids=sequences.tokens[rows].gather(1, inside),
+            attention_mask=torch.cat([seen[rows], torch.ones_like(places, dtype=torch.bool)], 1),
+            position_ids=places,
+            past_key_values=part,
+            use_cache=True,
+        )
+        states[rows, 1 : len(steps) + 1] = out.last_hidden_state
+    return states[mask]
 
 
 def at(hidden: Tensor, place: Tensor) -> Tensor:  # (s, L, D), (s) -> (s, D)

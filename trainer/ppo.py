@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer import baselines, models, ops, parallel
-from trainer.batching import Sequences, batch_indices, forward_all, micro_batches, minibatches
+import gikernels
+from trainer import baselines, models, parallel
+from trainer.batching import Sequences, batch_indices, forward_all, minibatches
 from trainer.checkpoint import Checkpoints, TrainState, finished
 from trainer.data import Prompt, load_prompts
 from trainer.evaluate import Evaluator, Judge, by_label, few_of_each_domain, make_judge
@@ -170,7 +171,9 @@ def train_critic(
     t.critic.train()
     for epoch in range(config.ppo.ppo_epochs):
         shuffle = parallel.generator(config.run.seed, "critic", step, epoch)
-        for chosen in minibatches(len(sequences), config.ppo.minibatches, shuffle):
+        for chosen in minibatches(
+            len(sequences), config.ppo.minibatches, shuffle, config.ppo.samples_per_prompt
+        ):
             batch = sequences.rows(chosen)
             denom = parallel.all_sum(mask[chosen].sum())
             head_loss = None
@@ -180,12 +183,12 @@ def train_critic(
                     group_returns[chosen],
                     lambda batch=batch: t.group_logits(batch),
                 )
-            for rows in micro_batches(batch.lengths, config.trainer.tokens_per_microbatch):
+            for rows in batch.micro_batches(config.trainer.tokens_per_microbatch):
                 here = chosen[rows]
                 with parallel.autocast(config.model.dtype):
                     values, logits = t.critic(batch.rows(rows))
                 width = values.shape[1]
-                loss, figures = ops.value_loss(
+                loss, figures = gikernels.value_loss(
                     values,
                     old_values[here, :width],
                     returns[here, :width],
@@ -223,16 +226,18 @@ def train_policy(
     t.policy.train()
     for epoch in range(config.ppo.ppo_epochs):
         shuffle = parallel.generator(config.run.seed, "policy", step, epoch)
-        for chosen in minibatches(len(sequences), config.ppo.minibatches, shuffle):
+        for chosen in minibatches(
+            len(sequences), config.ppo.minibatches, shuffle, config.ppo.samples_per_prompt
+        ):
             batch = sequences.rows(chosen)
             denom = parallel.all_sum(mask[chosen].sum())
-            for rows in micro_batches(batch.lengths, config.trainer.tokens_per_microbatch):
+            for rows in batch.micro_batches(config.trainer.tokens_per_microbatch):
                 here = chosen[rows]
                 with parallel.autocast(config.model.dtype):
                     stats = t.policy(batch.rows(rows), config.rollout.temperature)
                 width = stats.logprobs.shape[1]
                 real = mask[here, :width]
-                loss, figures = ops.ppo_loss(
+                loss, figures = gikernels.ppo_loss(
                     stats.logprobs,
                     forward.logprobs[here, :width],
                     advantages[here, :width],
@@ -269,7 +274,7 @@ def kl_loss(config, logprobs: Tensor, ref_logprobs: Tensor, kl_coef: Tensor, mas
     """Sum of eta_i * KL_it, differentiable; k3, because k1's gradient is zero in expectation."""
     estimator = "k3" if config.kl.estimator in ("k1", "exact") else config.kl.estimator
     each = torch.arange(len(kl_coef), device=kl_coef.device, dtype=torch.int32)
-    cost = ops.kl_penalty(logprobs, ref_logprobs, kl_coef, each, estimator=estimator)
+    cost = gikernels.kl_penalty(logprobs, ref_logprobs, kl_coef, each, estimator=estimator)
     return (cost * mask).sum()
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trainer import models, ops, parallel
+import gikernels
+from trainer import models, parallel
 from trainer.batching import Sequences, batch_indices, forward_all, micro_batches
 from trainer.checkpoint import Checkpoints, TrainState, finished
 from trainer.data import DataError, Pair, load_pairs
@@ -108,7 +109,7 @@ def pair_loss(
         return torch.tensor([getattr(p, name) for p in pairs], device=chosen.device)
 
     margin = column("margin") if settings.margin else None
-    loss = ops.preference_loss(
+    loss = gikernels.preference_loss(
         chosen, rejected, margin=margin, label_smoothing=settings.label_smoothing
     )
     figures = {

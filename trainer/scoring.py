@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer import ops, parallel
+import gikernels
+from trainer import parallel
 from trainer.batching import Sequences, forward_all
 from trainer.models import RewardModel
 
@@ -153,12 +154,12 @@ class Normaliser:
     def __init__(self, config) -> None:
         self.config = config
         zero = torch.zeros(1, device=parallel.device())
-        self.stats = ops.GroupStats(zero, zero, zero)
+        self.stats = gikernels.GroupStats(zero, zero, zero)
 
     def observe(self, scores: Tensor) -> None:
         scores = parallel.all_gather(scores)
         ids = torch.zeros(len(scores), dtype=torch.int32, device=scores.device)
-        self.stats = ops.merge_stats(self.stats, ops.group_stats(scores, ids, 1))
+        self.stats = gikernels.merge_stats(self.stats, gikernels.group_stats(scores, ids, 1))
 
     @property
     def std(self) -> Tensor:  # ()
@@ -181,4 +182,4 @@ class Normaliser:
         return {"stats": torch.stack(self.stats)}
 
     def load_state_dict(self, state: dict) -> None:
-        self.stats = ops.GroupStats(*state["stats"])
+        self.stats = gikernels.GroupStats(*state["stats"])

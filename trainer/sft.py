@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainer import models, parallel
-from trainer.batching import Sequences, batch_indices, micro_batches
+from trainer.batching import Sequences, batch_indices
 from trainer.checkpoint import Checkpoints, TrainState, finished
 from trainer.data import load_demonstrations
 from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, progress, say
@@ -39,7 +39,7 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
                 batch = Sequences.of(list(prompts), list(answers), tokenizer.pad_token_id)
             with timer("train"):
                 tokens = parallel.all_sum(batch.answer_lengths.sum())
-                for rows in micro_batches(batch.lengths, config.trainer.tokens_per_microbatch):
+                for rows in batch.micro_batches(config.trainer.tokens_per_microbatch):
                     with parallel.autocast(config.model.dtype):
                         loss = -policy(batch.rows(rows)).logprobs.sum() / tokens
                     loss.backward()

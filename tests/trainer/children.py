@@ -5,7 +5,7 @@ import os
 import signal
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["tests.trainer.children", "trainer.ppo", "trainer.reward"])
+context.set_forkserver_preload(["tests.trainer.test_checkpoint", "trainer.ppo", "trainer.reward"])
 
 
 def start(function, *arguments):

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import gikernels
 from tests.trainer import tiny
-from trainer import ops
 from trainer.invariance import Groups, group_means, performance
 
 
@@ -74,7 +74,7 @@ def test_controls():
     torch.testing.assert_close(cvar, torch.tensor([1 / 0.3] * 3 + [0.0] * 7))
 
     each = groups("groups.objective=sequence_variance", "groups.beta=0.05").weights(p, r)
-    as_groups = ops.group_weights(torch.eye(10), r, 0.05, clamp=(0.0, 5.0))
+    as_groups = gikernels.group_weights(torch.eye(10), r, 0.05, clamp=(0.0, 5.0))
     torch.testing.assert_close(each, as_groups)
 
     dro = groups("groups.objective=group_dro", "groups.dro_lr=0.5")
@@ -131,7 +131,7 @@ def test_exact_head_loss_is_balanced_cross_entropy_over_any_micro_batches():
 def test_adversarial_pull_is_the_gradient_of_the_variance_over_any_micro_batches():
     g = groups("groups.inference=adversarial", "groups.balance=0.2", "groups.critic_beta=0.5")
     logits, r = torch.randn(9, 2, requires_grad=True), torch.randn(9)
-    s = ops.soft_groups(logits, r, form="mass")
+    s = gikernels.soft_groups(logits, r, form="mass")
     entropy = -(s.mass * s.mass.log()).sum()
     (want,) = torch.autograd.grad(
         0.5 * (0.2 * (math.log(2) - entropy) - s.variance), logits, retain_graph=True

@@ -119,6 +119,9 @@ def test_every_example_once_an_epoch():
 def test_minibatches_are_a_partition():
     parts = list(minibatches(10, 3, torch.Generator().manual_seed(0)))
     assert sorted(torch.cat(parts).tolist()) == list(range(10)) and len(parts) == 3
+    parts = list(minibatches(12, 2, torch.Generator().manual_seed(0), samples=3))
+    assert sorted(torch.cat(parts).tolist()) == list(range(12)) and len(parts[0]) == 6
+    assert all((rows.view(-1, 3) // 3 == rows.view(-1, 3)[:, :1] // 3).all() for rows in parts)
 
 
 def test_learning_rate():
@@ -127,3 +130,33 @@ def test_learning_rate():
     assert [o.factor(0), o.factor(1)] == pytest.approx([0.25, 0.5], rel=0.1)
     assert o.factor(10) == pytest.approx(0.1) and o.factor(99) == pytest.approx(0.1)
     assert Optimizer([(1.0, [p])]).factor(0) == 1
+
+
+def test_shared_prompts_change_neither_values_nor_gradients(base):
+    config = tiny.config("unused")
+    policy = models.load_policy(str(base.model("sft")), config).double()
+    prompts = [[5, 6, 11, 12, 3], [5, 7, 11, 3], [8, 5, 11, 12, 13, 3]]
+    answers = [[11, 12, 1], [1], [13, 12, 11, 4, 1], [12, 1]]
+    rows = [(p, a) for p in prompts for a in answers]
+    found = []
+    for shared in (False, True):
+        batch = Sequences.of([p for p, _ in rows], [a for _, a in rows], 0, shared)
+        batch = batch.rows(torch.tensor([7, 0, 2, 11, 4, 5, 8, 1, 3, 10, 9, 6]))  # in any order
+        stats = policy(batch)
+        policy.zero_grad()
+        (stats.logprobs.square().sum() + stats.entropy.sum()).backward()
+        found.append((stats.logprobs, [p.grad.clone() for p in policy.parameters()]))
+    torch.testing.assert_close(*(logprobs for logprobs, _ in found))
+    for one, other in zip(*(grads for _, grads in found)):
+        assert (one - other).norm() <= 1e-6 * one.norm()
+    pieces = batch.micro_batches(30)
+    assert sorted(torch.cat(pieces).tolist()) == list(range(12)) and len(pieces) > 2
+    for rows in pieces:
+        assert len(rows) * int(batch.lengths[rows].max()) <= 30
+    # answers of one token each, and a batch where sharing would not pay
+    for some in (
+        batch.rows(torch.tensor([0, 5])),
+        Sequences.of(prompts[:1] * 2, [[1]] * 2, 0, True),
+    ):
+        plain = Sequences(some.tokens, some.prompt_lengths, some.lengths)
+        torch.testing.assert_close(policy(some).logprobs, policy(plain).logprobs)

@@ -60,7 +60,7 @@ class HuggingFaceEngine:
         lengths = torch.where(truncated, limit, ended.int().argmax(1) + 1).tolist()
         answers = [row[:length] for row, length in zip(tokens.tolist(), lengths)]
         repeated = [prompt for prompt in prompts for _ in range(samples)]
-        sequences = Sequences.of(repeated, answers, self.pad)
+        sequences = Sequences.of(repeated, answers, self.pad, shared=samples > 1)
         return Rollout(sequences, truncated, logprobs[:, : max(lengths)])
 
     def _sample(

@@ -84,9 +84,11 @@ class World:
         )
 
     def model_config(self) -> PreTrainedConfig:
-        from transformers import LlamaConfig, Qwen2Config
+        from transformers import LlamaConfig, Qwen3Config
 
-        kind = {"qwen2": Qwen2Config, "llama": LlamaConfig}[self.config.architecture]
+        # Not Qwen2: for its folders AutoTokenizer takes Qwen2's own splitting of text into words,
+        # whatever tokenizer.json says.
+        kind = {"llama": LlamaConfig, "qwen3": Qwen3Config}[self.config.architecture]
         return kind(
             vocab_size=len(WORDS),
             hidden_size=self.config.hidden,
@@ -94,6 +96,7 @@ class World:
             num_hidden_layers=self.config.layers,
             num_attention_heads=self.config.heads,
             num_key_value_heads=self.config.heads,
+            head_dim=self.config.hidden // self.config.heads,
             max_position_embeddings=128,
             tie_word_embeddings=False,
             pad_token_id=PAD,

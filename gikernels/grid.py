@@ -1,0 +1,91 @@
+"""How the programs of one Triton launch hand over to each other, so that a merge needs no second.
+
+A 64-bit counter in global memory has two halves: arrivals below, rounds above. Of P programs one
+adds 2^32 - (P - 1) and the others 1, so the last arrival, whichever it is, carries into the upper
+half and leaves the lower one at zero: the counter is ready for the next round, and the next launch,
+without being cleared. Importing this module imports triton.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def arrive(counter, program, programs):
+    """Announce that this program is done. Returns the round it arrived in, and whether it is last.
+
+    What any program stored before its own arrival is visible to whoever arrives, or waits, later.
+    """
+    tl.debug_barrier()  # one thread does the atomic: the others must have stored by then
+    carry = (1 << 32) - (programs.to(tl.int64) - 1)
+    amount = tl.where(program == 0, carry, 1)
+    before = tl.atomic_add(counter, amount, sem="acq_rel")
+    return before >> 32, (before + amount) >> 32 != before >> 32
+
+
+@triton.jit
+def wait(counter, arrived_in):
+    """Spin until all have arrived. Only where all programs are resident: a cooperative launch."""
+    nothing = arrived_in * 0
+    while tl.atomic_add(counter, nothing, sem="acquire") >> 32 == arrived_in:
+        pass
+    tl.debug_barrier()
+
+
+SLOTS = 1024
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def counters(device: torch.device) -> Tensor:
+    """SLOTS counters at zero. Launches on one stream follow each other, so they share them.
+
+    A captured graph may be replayed beside other work and gets counters of its own.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(SLOTS, dtype=torch.int64, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _counters:
+        _counters[key] = torch.zeros(SLOTS, dtype=torch.int64, device=device)
+    return _counters[key]
+
+
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def aot_case(
+    fn: Any, name: str, types: dict[str, str], constexprs: dict[str, Any], **options: Any
+) -> dict[str, Any]:
+    """What triton.compile(ASTSource(...)) wants. Unless `types` says otherwise, arguments are fp32
+    pointers, or int32 where the name is in capitals or that of a stride; all multiples of 16."""
+    signature, attrs = {}, {}
+    for i, arg in enumerate(fn.arg_names):
+        if arg in constexprs:
+            signature[arg] = "constexpr"
+            continue
+        integer = arg.isupper() or arg.endswith(("_s", "_t")) or arg in ("n", "ignore_index")
+        signature[arg] = types.get(arg, "i32" if integer else "*fp32")
+        if signature[arg] != "fp32" and arg != "ignore_index":
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    return {
+        "name": name,
+        "fn": fn,
+        "signature": signature,
+        "constexprs": constexprs,
+        "attrs": attrs,
+        "num_warps": 4,
+        "num_stages": 3,
+        **options,
+    }

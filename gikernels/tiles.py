@@ -1,0 +1,443 @@
+"""Triton device functions on one tile of logits, shared by the kernels over the vocabulary.
+
+Importing this module imports triton; operations do so when a kernel is first launched, so that
+`import gikernels` works without it.
+
+A row's statistics are kept relative to its running maximum, `peak`, which starts at -inf, so that
+neither an offset of 1e4 nor logits that are all at -110 cost precision (u = z - peak):
+
+    total    = sum exp(u)                 log-sum-exp = peak + log(total)
+    weighted = sum exp(u) u               entropy     = log(total) - weighted / total
+    cross    = sum exp(u) (u - ref_u)     KL          = cross / total - log(total) + log(ref_total)
+
+Tiles are (ROWS, COLS) fp32; a column beyond the vocabulary holds -inf, as does a token whose bias
+is -inf: both add nothing.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gikernels import dispatch
+
+# The interpreter's bf16 dot and bf16 addition return garbage: kernels widen their inputs there.
+INTERPRETED = tl.constexpr(dispatch.interpreting())
+
+
+def transform_constants(
+    logit_scale: float, softcap: float | None, temperature: float
+) -> tuple[float, float]:
+    """(inner, outer) of `final_logits`. Per-row temperatures divide `outer` in the kernel."""
+    if softcap is None:
+        return logit_scale, 1 / temperature
+    return logit_scale / softcap, softcap / temperature
+
+
+@triton.jit
+def tanh(x):
+    """To fp32 rounding; tanh.approx.f32 is off by 5e-4, and 1 - 2 / (e + 1) cancels near zero."""
+    square = x * x
+    # The next term of the series is below 1e-8 of the result where |x| < 0.25.
+    series = x * (
+        1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    )
+    size = 1 - 2 / (tl.exp(2 * tl.abs(x)) + 1)
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -size, size))
+
+
+@triton.jit
+def final_logits(raw, inner, outer, SOFTCAP: tl.constexpr):
+    """reference.transform_logits: raw * inner * outer, or outer * tanh(raw * inner).
+
+    `inner` is a number; `outer` is a number or (ROWS, 1), from `transform_constants`.
+    """
+    if SOFTCAP:
+        return tanh(raw * inner) * outer
+    else:
+        return raw * (inner * outer)
+
+
+@triton.jit
+def logit_slope(z, inner, outer, SOFTCAP: tl.constexpr):
+    """d final_logits / d raw, from the final logits z themselves."""
+    if SOFTCAP:
+        capped = z / outer
+        return (1 - capped * capped) * (inner * outer)
+    else:
+        return tl.zeros_like(z) + inner * outer
+
+
+@triton.jit
+def shift(old_peak, new_peak):
+    """The change of the old sums' exponents; 0 where there was nothing yet (-inf - -inf is NaN)."""
+    return tl.where(old_peak == float("-inf"), 0.0, old_peak - new_peak)
+
+
+@triton.jit
+def below_peak(z, peak):
+    """z - peak, with -inf and not NaN where everything so far was -inf."""
+    return z - tl.where(peak == float("-inf"), 0.0, peak)[:, None]
+
+
+@triton.jit
+def merge(peak, total, weighted, other_peak, other_total, other_weighted):
+    """The statistics of two sets of columns together; each argument (ROWS)."""
+    new_peak = tl.maximum(peak, other_peak)
+    d, e = shift(peak, new_peak), shift(other_peak, new_peak)
+    scale, other_scale = tl.exp(d), tl.exp(e)
+    weighted = scale * (weighted + total * d)
+    other_weighted = other_scale * (other_weighted + other_total * e)
+    return new_peak, scale * total + other_scale * other_total, weighted + other_weighted
+
+
+@triton.jit
+def tile_stats(z):
+    """(peak, total, weighted) of one tile z (ROWS, COLS), each (ROWS)."""
+    peak = tl.max(z, 1)
+    u = below_peak(z, peak)
+    e = tl.exp(u)
+    # Where u is -inf, e is 0 and 0 * -inf would be NaN. A NaN in u stays NaN through e.
+    return peak, tl.sum(e, 1), tl.sum(e * tl.maximum(u, -1e30), 1)
+
+
+@triton.jit
+def absorb(peak, total, weighted, z):
+    """Adds a tile z (ROWS, COLS) to the running statistics (ROWS)."""
+    new_peak = tl.maximum(peak, tl.max(z, 1))
+    d = shift(peak, new_peak)
+    u = below_peak(z, new_peak)
+    e = tl.exp(u)
+    scale = tl.exp(d)
+    weighted = scale * (weighted + total * d) + tl.sum(e * tl.maximum(u, -1e30), 1)
+    return new_peak, scale * total + tl.sum(e, 1), weighted
+
+
+@triton.jit
+def merge_ref(
+    peak, total, ref_peak, ref_total, cross,
+    other_peak, other_total, other_ref_peak, other_ref_total, other_cross,
+):  # fmt: skip
+    """The reference's share of `merge`: new (ref_peak, ref_total, cross); needs the OLD peaks."""
+    new_peak = tl.maximum(peak, other_peak)
+    new_ref = tl.maximum(ref_peak, other_ref_peak)
+    d, e = shift(peak, new_peak), shift(other_peak, new_peak)
+    ref_d, ref_e = shift(ref_peak, new_ref), shift(other_ref_peak, new_ref)
+    cross = tl.exp(d) * (cross + total * (d - ref_d))
+    other_cross = tl.exp(e) * (other_cross + other_total * (e - ref_e))
+    new_total = tl.exp(ref_d) * ref_total + tl.exp(ref_e) * other_ref_total
+    return new_ref, new_total, cross + other_cross
+
+
+@triton.jit
+def absorb_ref(peak, total, ref_peak, ref_total, cross, z, ref_z):
+    """The reference's share of `absorb`: new (ref_peak, ref_total, cross); needs the OLD peak."""
+    new_peak = tl.maximum(peak, tl.max(z, 1))
+    new_ref = tl.maximum(ref_peak, tl.max(ref_z, 1))
+    d, ref_d = shift(peak, new_peak), shift(ref_peak, new_ref)
+    u, ref_u = below_peak(z, new_peak), below_peak(ref_z, new_ref)
+    e = tl.exp(u)
+    # A token that cannot be drawn adds nothing, whatever the reference thinks of it.
+    cross = tl.exp(d) * (cross + total * (d - ref_d)) + tl.sum(
+        tl.where(e > 0, e * (u - ref_u), 0.0), 1
+    )
+    return new_ref, tl.exp(ref_d) * ref_total + tl.sum(tl.exp(ref_u), 1), cross
+
+
+@triton.jit
+def entropy_of(total, weighted):
+    return tl.log(total) - weighted / total
+
+
+@triton.jit
+def kl_of(total, ref_total, cross):
+    return cross / total - tl.log(total) + tl.log(ref_total)
+
+
+@triton.jit
+def dlogits(log_p, is_target, g_logprob, g_entropy, entropy):
+    """d / dz of g_logprob * log p[target] + g_entropy * entropy; g_* and entropy are (ROWS, 1).
+
+    d log p[t] / dz_v = 1[v = t] - p_v            d entropy / dz_v = -p_v (log p_v + entropy)
+    """
+    slope = -g_logprob - g_entropy * (tl.maximum(log_p, -1e30) + entropy)
+    return tl.exp(log_p) * slope + tl.where(is_target, g_logprob, 0.0)
+
+
+@triton.jit
+def dlogits_kl(log_p, log_q, g_kl, kl):
+    """d / dz of g_kl * KL(p || q), to be added: dKL / dz_v = p_v (log p_v - log q_v - KL)."""
+    p = tl.exp(log_p)
+    return tl.where(p > 0, p * g_kl * (log_p - log_q - kl), 0.0)
+
+
+@triton.jit
+def product_tile(
+    x,  # (N, D): a pointer, or a descriptor of (ROWS, DEPTH) blocks where TMA
+    w,  # (V, D): a pointer, or a descriptor of (COLS, DEPTH) blocks where TMA
+    row,
+    col,
+    N,
+    V,
+    D,
+    x_stride_n,
+    x_stride_d,
+    w_stride_v,
+    w_stride_d,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x[row : row + ROWS] @ w[col : col + COLS].T in fp32; rows and columns beyond are arbitrary.
+
+    64-bit offsets: V * D passes 2^31 at 151936 x 16384.
+    """
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    if TMA:
+        for k in range(0, D, DEPTH):
+            a = x.load([row, k])
+            b = w.load([col, k])
+            if INTERPRETED:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    else:
+        # Clamped and not masked: the last row is loaded again, and nobody reads what it gives.
+        rows = tl.minimum(row + tl.arange(0, ROWS), N - 1).to(tl.int64)
+        cols = tl.minimum(col + tl.arange(0, COLS), V - 1).to(tl.int64)
+        depth = tl.arange(0, DEPTH)
+        a_ptr = x + rows[:, None] * x_stride_n + depth[None, :] * x_stride_d
+        b_ptr = w + cols[None, :] * w_stride_v + depth[:, None] * w_stride_d
+        for k in range(0, D, DEPTH):
+            inside = depth < D - k
+            a = tl.load(a_ptr, mask=inside[None, :], other=0.0)
+            b = tl.load(b_ptr, mask=inside[:, None], other=0.0)
+            if INTERPRETED:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            a_ptr += DEPTH * x_stride_d
+            b_ptr += DEPTH * w_stride_d
+    return acc
+
+
+@triton.jit
+def grouped(item, row_blocks, col_blocks, GROUP: tl.constexpr):
+    """(row block, column block): the rows of a group first, so that the programs that run at one
+    time read few rows of hidden and few of weight, and share them in the second-level cache."""
+    group = item // (GROUP * col_blocks)
+    tall = tl.minimum(GROUP, row_blocks - group * GROUP)
+    within = item % (GROUP * col_blocks)
+    return group * GROUP + within % tall, within // tall
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right half of a tile (ROWS, COLS), for an epilogue with fewer registers."""
+    ROWS: tl.constexpr = tile.shape[0]
+    COLS: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+
+
+# --- launching ----------------------------------------------------------------------------------
+
+
+class Blocks(NamedTuple):
+    """The shape of a program's tile of logits and how it is run."""
+
+    rows: int
+    cols: int
+    depth: int
+    num_warps: int
+    num_stages: int
+    parts: int  # in which an epilogue of many registers takes the columns
+    tma: bool  # whether operands are read through descriptors: a product of aligned rows
+
+
+def blocks(arch: int | str, itemsize: int, products: int, aligned: bool) -> Blocks:
+    """For compute capability `arch` (90), "gfx942", or "interpreter"; `products` accumulators live.
+
+    A table and no autotuning: the same call gives the same bits, and a run starts at once. A stage
+    holds (rows + cols) * depth elements in shared memory, of which there are 227 KB on 90 and 100,
+    163 KB on 80, 99 KB on 86, 89 and 120, 64 KB on gfx942. The accumulators of two products of
+    128 x 256 would not fit into 255 registers a thread.
+    """
+    tma = aligned and (arch == "interpreter" or (isinstance(arch, int) and arch >= 90))
+    if arch == "interpreter":
+        return Blocks(32, 128, 32, 4, 1, 2, tma)
+    if itemsize == 4:  # exact fp32 products run on the ordinary cores, from registers
+        return Blocks(64, 64, 16, 4, 2, 1, tma)
+    if arch in (90, 100, 103) and tma:
+        return Blocks(128, 256 if products == 1 else 128, 64, 8, 4, 4, tma)
+    if arch in (80, 90, 100, 103):
+        return Blocks(128, 128 // products, 64 if aligned and products == 1 else 32, 8, 3, 2, tma)
+    return Blocks(128, 128 // products, 32, 8, 3 if isinstance(arch, int) else 2, 2, tma)
+
+
+def blocks_for(x: Tensor, w: Tensor, ref_x: Tensor | None, ref_w: Tensor | None) -> Blocks:
+    given = [t for t in (x, w, ref_x, ref_w) if t is not None]
+    aligned = all(map(_tma_can_read, given))
+    return blocks(arch_of(x.device), max(t.element_size() for t in given), len(given) // 2, aligned)
+
+
+def arch_of(device: torch.device) -> int | str:
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def programs(device: torch.device, items: int) -> int:
+    """Persistent programs: one for each multiprocessor."""
+    if device.type == "cpu":
+        return min(items, 3)
+    return min(items, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """fp32 products as exact as the user has asked PyTorch's own to be; no effect on 16 bits."""
+    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
+
+
+def product_arguments(prefix: str, x: Tensor, w: Tensor, block: Blocks) -> dict[str, Any]:
+    """A kernel's arguments for one `product_tile`, each name after `prefix`.
+
+    Descriptors are made by the host: one made in a kernel needs an allocator that autograd's
+    threads lose.
+    """
+    values: dict[str, Any] = {
+        "x": TensorDescriptor.from_tensor(x, [block.rows, block.depth]) if block.tma else x,
+        "w": TensorDescriptor.from_tensor(w, [block.cols, block.depth]) if block.tma else w,
+        "D": x.shape[1],
+        "x_n": x.stride(0),
+        "x_d": x.stride(1),
+        "w_v": w.stride(0),
+        "w_d": w.stride(1),
+        "PRECISION": precision(x.dtype),
+    }
+    return {prefix + name: value for name, value in values.items()}
+
+
+def no_product_arguments(prefix: str) -> dict[str, Any]:
+    none = {"x": None, "w": None, "D": 0, "x_n": 0, "x_d": 0, "w_v": 0, "w_d": 0}
+    return {prefix + name: value for name, value in {**none, "PRECISION": "ieee"}.items()}
+
+
+def _tma_can_read(x: Tensor) -> bool:
+    row_bytes = x.stride(0) * x.element_size()
+    return x.stride(1) == 1 and row_bytes > 0 and row_bytes % 16 == 0 and x.data_ptr() % 16 == 0
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def scratch_dtype(hidden: Tensor) -> torch.dtype:
+    """Of dZ, which the products want in the dtype of their other operand. The interpreter truncates
+    fp32 to bf16 where a GPU rounds, so there it stays fp32."""
+    return hidden.dtype if hidden.is_cuda else torch.float32
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b in fp32, also of 16-bit matrices."""
+    if a.dtype == b.dtype == torch.float32:
+        out.addmm_(a, b)
+    elif out.is_cuda:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        out.addmm_(a.float(), b.float())
+
+
+def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, accumulated in fp32 and rounded once."""
+    if not out.is_cuda:
+        out.copy_(a.float() @ b.float())
+        return
+    # cuBLAS cuts the long dimension where the output is too small to fill the GPU, and adds the
+    # parts in 16 bits unless the output is fp32. 2^24 elements are 512 tiles of 128 x 256.
+    if out.dtype != torch.float32 and out.numel() < 1 << 24:
+        out.copy_(torch.mm(a, b, out_dtype=torch.float32))
+    else:
+        torch.mm(a, b, out=out)
+
+
+# --- ahead-of-time compilation ------------------------------------------------------------------
+
+
+def aot_case(
+    fn: Any,
+    name: str,
+    arch: int | str,
+    others: dict[str, str],
+    group: int,
+    dtype: str = "bf16",
+    ref: bool = False,
+    softcap: bool = False,
+    bias: bool = False,
+    temperatures: bool = False,
+    aligned: bool = True,
+) -> dict[str, Any]:
+    """What triton.compile needs for a kernel over `product_tile`, at its default configuration.
+
+    `others` are the types of the kernel's own arguments. Divisibility is declared as a launch at
+    D 4096, V 128256 would find it: every pointer and every size but N's ragged end.
+    """
+    block = blocks(arch, 4 if dtype == "fp32" else 2, 2 if ref else 1, aligned)
+    constexprs: dict[str, Any] = {
+        "SOFTCAP": softcap,
+        "PARTS": block.parts,
+        "ROWS": block.rows,
+        "COLS": block.cols,
+        "DEPTH": block.depth,
+        "GROUP": group,
+        "TMA": block.tma,
+        "PRECISION": "ieee",
+        "ref_PRECISION": "ieee",
+    }
+
+    def operand(rows: int) -> str:
+        return f"tensordesc<{dtype}[{rows}, {block.depth}]>" if block.tma else f"*{dtype}"
+
+    types = {
+        "x": operand(block.rows),
+        "w": operand(block.cols),
+        "targets": "*i64",
+        "bias": f"*{dtype}" if bias else None,
+        "temperatures": "*fp32" if temperatures else None,
+        "ref_x": operand(block.rows) if ref else None,
+        "ref_w": operand(block.cols) if ref else None,
+        "dz": f"*{dtype}",
+        "inner": "fp32",
+        "outer": "fp32",
+        **others,
+    }
+    # The strides of the last dimension are 1, as a launch would find.
+    constexprs |= {k: 1 for k in fn.arg_names if k.endswith(("x_d", "w_d"))}
+    constexprs |= {k: None for k, v in types.items() if v is None and k in fn.arg_names}
+    signature = {k: "constexpr" if k in constexprs else types.get(k) or "i32" for k in fn.arg_names}
+    ragged = ("N", "splits", "ignore_index") + (() if aligned else ("D", "x_n", "w_v"))
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (k, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (kind == "i32" and k not in ragged)
+    }
+    constexprs = {k: v for k, v in constexprs.items() if k in fn.arg_names}
+    return {
+        "fn": fn,
+        "name": name,
+        "signature": signature,
+        "constexprs": constexprs,
+        "attrs": attrs,
+        "num_warps": block.num_warps,
+        "num_stages": block.num_stages,
+    }

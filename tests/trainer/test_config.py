@@ -1,0 +1,144 @@
+"""Settings: strict, and every mistake one line that says where."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from trainer import config as settings
+from trainer.config import Config, ConfigError, load
+
+
+@pytest.mark.parametrize("name", settings.packaged())
+def test_packaged_configurations_load_and_survive_a_round_trip(name, tmp_path):
+    config = load(name)
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    assert load(str(path)) == config
+    assert config.run.output == f"runs/{name}"
+
+
+def test_overrides_are_typed_like_the_file():
+    config = load(
+        "toy",
+        [
+            "ppo.lr=1e-4",
+            "groups.on=response",
+            "kl.adaptive=false",
+            "kl.target=[3, 5.5]",
+            "toy.shares={copy: 1, sort: 2}",
+            "toy.lazy={}",
+            "data.columns.domain=info.topic",
+            "model.reward=",
+            "groups.inference=none",
+        ],
+    )
+    assert config.ppo.lr == 1e-4 and isinstance(config.ppo.lr, float)
+    assert config.groups.on == "response" and config.kl.adaptive is False
+    assert config.kl.target == (3.0, 5.5)
+    assert config.toy.domains == ("copy", "sort")
+    assert config.data.columns.domain == "info.topic"
+    assert config.model.reward == "" and not config.groups.active
+
+
+def test_keys_that_yaml_1_1_takes_for_truth_values(tmp_path):
+    """`on:` would be the key True, and `1e-4` a text."""
+    path = tmp_path / "c.yaml"
+    path.write_text("groups:\n  on: response\nppo:\n  lr: 1e-4\n")
+    config = load(str(path))
+    assert config.groups.on == "response" and config.ppo.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("groups.bta=1", "groups.bta: unknown key (did you mean beta?)"),
+        ("lr=1", "unknown section (did you mean sft.lr or rm.lr or ppo.lr?)"),
+        ("groups.beta=abc", "groups.beta: is 'abc'; want number"),
+        ("groups.beta=true", "groups.beta: is True; want number"),
+        ("ppo.steps=1.5", "ppo.steps: is 1.5; want whole number"),
+        ("kl.adaptive=1", "kl.adaptive: is 1; want true or false"),
+        ("groups.inference=exat", "(did you mean exact?)"),
+        ("ppo.minibatches=3", "ppo.minibatches: is 3; want a divisor of"),
+        ("ppo.clip_low=0", "ppo.clip_low: is 0.0; want more than 0"),
+        ("ppo.clip_low=.nan", "want a finite number"),
+        ("ppo.advantages=group_norm", "ppo.samples_per_prompt: is 1; want 2 or more"),
+        ("rollout.top_p=0.9", "rollout.top_p: is 0.9; want 1"),
+        ("run.stages=[sft, pop]", "run.stages: is 'pop'; want one of sft, rm, ppo"),
+        ("groups.clamp=[1]", "groups.clamp: is [1]; want a list of 2 numbers"),
+        ("groups.min_size=1000", "groups.min_size: is 1000; want at most 64"),
+        ("toy.shares.fly=1", "toy.shares.fly: is 'fly'; want one of copy"),
+        ("groups.beta.x=1", "groups.beta: is {'x': 1}; want number"),
+        ("reward.functions=[{function: f}]", "want package.module:function"),
+        ("rm.rating=0", "rm.rating > 0 with it"),
+        ("baselines.b=[sft.lr=1]", "changes what baselines share"),
+        ("baselines.b=[ppo.lr=x]", "baselines.b: override 'ppo.lr=x': ppo.lr: is 'x'"),
+        ("ppo.lr", "want section.key=value"),
+        ("ppo.lr=[", "not YAML"),
+    ],
+)
+def test_a_wrong_override_is_one_line_that_names_it(override, message):
+    with pytest.raises(ConfigError) as error:
+        load("toy", [override])
+    text = str(error.value)
+    assert message in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ppo:\n  steps: 3\n  stpes: 4\n", ":3: ppo.stpes: unknown key (did you mean steps?)"),
+        ("ppo:\n  steps: three\n", ":2: ppo.steps: is 'three'; want whole number"),
+        ("\n\npop:\n  steps: 3\n", ":3: pop: unknown section (did you mean ppo?)"),
+        ("ppo:\n  lam: 2\n", ":2: ppo.lam: is 2.0; want 0 to 1"),
+        ("ppo:\n  lam: 1\n  lam: 1\n", ":3: ppo.lam: given twice"),
+        ("ppo:\n  lam: [1\nkl: 3\n", "not YAML"),
+        ("ppo: 3\n", ":1: ppo: is 3; want keys with values"),
+        ("- 1\n", "want sections with keys"),
+        ("baselines:\n  a: [ppo.lr=x]\n", ":2: baselines.a: override 'ppo.lr=x'"),
+        (
+            "reward:\n  functions:\n    - function: a:b\n    - {function: a:c, wight: 1}\n",
+            ":4: reward.functions[1].wight: unknown key (did you mean weight?)",
+        ),
+    ],
+)
+def test_a_wrong_file_is_one_line_with_its_place(text, message, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load(str(path))
+    assert str(error.value).startswith(f"{path}")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_names_that_are_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean toy"):
+        load("tyo")
+    with pytest.raises(ConfigError, match="no such file"):
+        load(str(tmp_path / "none.yaml"))
+
+
+def test_a_baseline_is_the_run_with_its_overrides_in_its_own_folder():
+    config = load("toy", ["run.output=here"])
+    plain = config.baseline("ppo")
+    assert plain.run.output == "here/baselines/ppo" and plain.baselines == {}
+    assert not plain.groups.active and not plain.kl.adaptive
+    assert settings.differences(plain, config) == [
+        "baselines: None -> {}",
+        "baselines.ppo: ['groups.inference=none', 'kl.adaptive=false', 'kl.coef=0.45'] -> None",
+        "groups.inference: 'exact' -> 'none'",
+        "kl.adaptive: True -> False",
+        "kl.coef: 0.8 -> 0.45",
+    ]
+    assert plain.sft == config.sft and plain.ppo == config.ppo
+
+
+def test_sections_are_frozen_and_every_field_is_documented():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().ppo.lr = 1.0
+    for name, kind, _, doc in settings.fields_of(Config):
+        assert doc
+        section = getattr(settings, kind, None)
+        for key, _, default, line in settings.fields_of(section) if section else ():
+            assert len(line) > 5, f"{name}.{key}"
+            assert yaml.safe_load(settings.as_yaml(default)) == default
