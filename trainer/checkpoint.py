@@ -30,7 +30,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from trainer import parallel
-from trainer.faults import RunError, Stopped, StopSignal
+from trainer.faults import Guard, RunError, Stopped, StopSignal
 from trainer.metrics import MetricsLog, RunFolder, say
 
 MANIFEST, FINISHED = "manifest.json", "finished"
@@ -123,7 +123,7 @@ class Checkpoints:
         with Checkpoints(config, run, "sft", state, resume) as checkpoints:    # loads the newest
             while state.step < steps:
                 ...
-                checkpoints.after_step(log, metrics)       # saves; leaves after SIGTERM
+                checkpoints.after_step(log, metrics, guard)    # saves; leaves after SIGTERM
 
     Leaving waits for a checkpoint that is still being written in the background.
     """
@@ -149,10 +149,9 @@ class Checkpoints:
         if kind is not None and issubclass(kind, RunError):  # else another rank may be gone
             self.finish()
 
-    def after_step(
-        self, log: MetricsLog, metrics: Mapping[str, float], healthy: bool = True
-    ) -> None:
-        """`healthy`: no part of the step was skipped; a diverged step is never kept."""
+    def after_step(self, log: MetricsLog, metrics: Mapping[str, float], guard: Guard) -> None:
+        """A step of which something was skipped is never kept."""
+        healthy = guard.step_is_over(self.stage, self.state.step)
         stop = parallel.any_true(self.stop.came)
         every = self.config.save_every
         due = bool(every) and self.state.step % every == 0

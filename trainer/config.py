@@ -623,6 +623,8 @@ class Trainer:
     """Metrics whose highest value marks the best checkpoint, kept as well; of those with one."""
     async_save: bool = False
     """Write checkpoints in the background: no waiting, for one more copy of the state in memory."""
+    max_skipped: int = 5
+    """The run stops after this many steps in a row with a NaN or infinite loss or gradient."""
     log: tuple[str, ...] = ()
     """Beside metrics.jsonl: tensorboard, wandb."""
     progress: bool = True
@@ -637,6 +639,7 @@ class Trainer:
         )
         _want(self.save_every >= 0, "trainer.save_every", self.save_every, "0 or more")
         _want(self.keep_last > 0, "trainer.keep_last", self.keep_last, "1 or more")
+        _want(self.max_skipped > 0, "trainer.max_skipped", self.max_skipped, "1 or more")
         for sink in self.log:
             known = ("tensorboard", "wandb")
             _want(sink in known, "trainer.log", sink, _choices(sink, known))
@@ -769,6 +772,7 @@ def differences(ours: Config, theirs: Config) -> list[str]:
         "trainer.keep_last",
         "trainer.best",
         "trainer.async_save",
+        "trainer.max_skipped",
     )
     a, b = flat(ours.to_dict()), flat(theirs.to_dict())
     return [

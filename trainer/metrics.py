@@ -181,16 +181,19 @@ class Averages:
     """Means over the updates of a step; what is added is already a global mean of its own."""
 
     def __init__(self) -> None:
+        self.open: dict[str, Any] = defaultdict(float)  # of the update that is under way
         self.sums: dict[str, Any] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
 
     def add(self, prefix: str, values: Mapping[str, Any]) -> None:
         """Sums of one update, to which its micro-batches add: close it with `update`."""
         for name, value in values.items():
-            self.sums[f"{prefix}/{name}"] += value.detach() if torch.is_tensor(value) else value
+            self.open[f"{prefix}/{name}"] += value.detach() if torch.is_tensor(value) else value
 
     def update(self, prefix: str) -> None:
         self.counts[prefix] += 1
+        for name in [name for name in self.open if name.startswith(f"{prefix}/")]:
+            self.sums[name] += self.open.pop(name)
 
     def means(self) -> dict[str, float]:
         names = list(self.sums)

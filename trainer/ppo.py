@@ -25,6 +25,7 @@ from trainer.checkpoint import Checkpoints, TrainState, finished
 from trainer.data import Prompt, load_prompts
 from trainer.evaluate import Evaluator, Judge, by_label, few_of_each_domain, make_judge
 from trainer.experience import estimate, explained_variance, forward_models
+from trainer.faults import Guard
 from trainer.invariance import Groups, performance
 from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, final_table, progress, say
 from trainer.models import Critic, Policy
@@ -69,7 +70,7 @@ def train(config, run: RunFolder, resume: bool = False) -> None:
                 few = few_of_each_domain(samples, config.eval.final_samples)
                 log.write_samples("eval", t.state.step, samples if last else few)
                 metrics |= evaluation
-            checkpoints.after_step(log, metrics)
+            checkpoints.after_step(log, metrics, t.guard)
         t.policy.save(run.model("policy"), t.tokenizer)
         checkpoints.end()
 
@@ -92,14 +93,18 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
 
     with timer("score"):
         raw = t.scorer(prompts, sequences, rollout.truncated)
-        t.normaliser.observe(raw["total"])
-        scores = t.normaliser(raw["total"])
 
     with timer("forward"):
         forward = forward_models(config, t.policy, t.reference, t.critic, sequences)
         mismatch = check_logprobs(rollout, forward.logprobs, config.rollout.logprob_bound)
+    seen = {"values": forward.values, "group logits": forward.group_logits}
+    if not t.guard.allows("rollout", **{f"reward {name}": x for name, x in raw.items()}, **seen):
+        skipped = {"objective/scores": mean(raw["total"]), "guard/skipped": t.guard.skipped}
+        return skipped | timer.metrics(int(parallel.all_sum(sequences.lengths.sum())))
 
     with timer("experience"):
+        t.normaliser.observe(raw["total"])
+        scores = t.normaliser(raw["total"])
         probs = t.groups.probs(forward.group_logits, prompts)
         kl_coef = t.groups.kl_coefs(probs)
         exp = estimate(config, forward, scores, mask, kl_coef, probs, samples)
@@ -143,6 +148,7 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
             "rollout/length": mean(sequences.answer_lengths),
             "rollout/truncated": mean(rollout.truncated),
             "rollout/logprob_diff_max": mismatch,
+            "guard/skipped": t.guard.skipped,
         }
         metrics |= {f"reward/{name}": mean(part) for name, part in raw.items() if name != "total"}
         if config.ppo.has_critic:
@@ -204,9 +210,8 @@ def train_critic(
                     updates.add("value", {"head_loss": head})
                     loss = loss + head
                 loss.backward()
-            updates.add(
-                "value", {"grad_norm": t.critic_optimizer.step(step) / parallel.world_size()}
-            )
+            norm = t.critic_optimizer.step(step, updates.open["value/loss"])
+            updates.add("value", {"grad_norm": norm / parallel.world_size()})
             updates.update("value")
     t.critic.eval()
 
@@ -263,9 +268,8 @@ def train_policy(
                     )
                 updates.add("policy", {"loss": loss, **figures})
                 loss.backward()
-            updates.add(
-                "policy", {"grad_norm": t.policy_optimizer.step(step) / parallel.world_size()}
-            )
+            norm = t.policy_optimizer.step(step, updates.open["policy/loss"])
+            updates.add("policy", {"grad_norm": norm / parallel.world_size()})
             updates.update("policy")
     t.policy.eval()
 
@@ -298,6 +302,7 @@ class Setup:
     evaluator: Evaluator
     judge: Judge | None
     reference_scores: ReferenceScores
+    guard: Guard
     state: TrainState
 
     @staticmethod
@@ -310,12 +315,16 @@ class Setup:
         reward, reward_tokenizer = models.load_scoring_model(config, run)
         groups = Groups(config, prompts)
         critic = models.make_critic(config, policy, reward, groups)
+        guard = Guard(config.trainer.max_skipped)
         options = {
+            "guard": guard,
             "weight_decay": config.ppo.weight_decay,
             "grad_clip": config.ppo.grad_clip,
             "warmup": config.ppo.warmup,
         }
-        policy_optimizer = Optimizer([(config.ppo.lr, policy.parameters())], **options)
+        policy_optimizer = Optimizer(
+            [(config.ppo.lr, policy.parameters())], name="policy", **options
+        )
         critic_optimizer = None
         if critic is not None:
             critic_optimizer = Optimizer(
@@ -326,6 +335,7 @@ class Setup:
                     ),
                     (config.groups.head_lr, critic.group_head.parameters()),
                 ],
+                name="critic",
                 **options,
             )
         engine = make_engine(config, tokenizer)
@@ -335,7 +345,12 @@ class Setup:
         state = TrainState(
             {"policy": policy, "critic": critic},
             {"policy": policy_optimizer, "critic": critic_optimizer},
-            {"normaliser": normaliser, "groups": groups, "reference_scores": reference_scores},
+            {
+                "normaliser": normaliser,
+                "groups": groups,
+                "reference_scores": reference_scores,
+                "guard": guard,
+            },
         )
         return Setup(
             config=config,
@@ -353,6 +368,7 @@ class Setup:
             evaluator=Evaluator(config, tokenizer, engine, scorer, reference),
             judge=make_judge(config, config.data.prompts),
             reference_scores=reference_scores,
+            guard=guard,
             state=state,
         )
 
@@ -426,7 +442,7 @@ def headline(metrics: dict[str, float]) -> dict[str, float]:
         "worst group": "group/worst",
         "gap": "group/gap",
     }
-    return {short: metrics[name] for short, name in names.items()}
+    return {short: metrics[name] for short, name in names.items() if name in metrics}
 
 
 def _title(config) -> str:

@@ -18,6 +18,7 @@ from trainer import models, parallel
 from trainer.batching import Sequences, batch_indices, forward_all, micro_batches
 from trainer.checkpoint import Checkpoints, TrainState, finished
 from trainer.data import DataError, Pair, load_pairs
+from trainer.faults import Guard
 from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, progress, say
 from trainer.optim import Optimizer
 from trainer.rollout import make_engine
@@ -39,14 +40,17 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
     held_out = int(len(pairs) * settings.validation)
     pairs, validation = pairs[held_out:], pairs[:held_out]
     model = models.load_reward_model(start, config, settings.head, tokenizer).train()
+    guard = Guard(config.trainer.max_skipped)
     optimizer = Optimizer(
         [(settings.lr, model.parameters())],
         weight_decay=settings.weight_decay,
         grad_clip=settings.grad_clip,
         warmup=settings.warmup,
         decay_until=settings.steps,
+        guard=guard,
+        name="reward model",
     )
-    state = TrainState({"reward": model}, {"reward": optimizer})
+    state = TrainState({"reward": model}, {"reward": optimizer}, {"guard": guard})
     with (
         Checkpoints(config, run, "rm", state, resume) as checkpoints,
         MetricsLog(run, ("rm",), state.step, config.trainer.log) as log,
@@ -66,20 +70,20 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
                     loss, figures = pair_loss(settings, chosen, rejected, some)
                     (loss * (len(some) / total)).backward()
                     averages.add("rm", {k: v * len(some) / total for k, v in figures.items()})
-                averages.add(
-                    "rm", {"grad_norm": optimizer.step(state.step) / parallel.world_size()}
-                )
+                norm = optimizer.step(state.step, averages.open["rm/loss"])
+                averages.add("rm", {"grad_norm": norm / parallel.world_size()})
                 averages.update("rm")
             state.step += 1
             metrics = averages.means()
             metrics["rm/lr"] = settings.lr * optimizer.factor(state.step - 1)
+            metrics["guard/skipped"] = guard.skipped
             metrics.update(timer.metrics(int(parallel.all_sum(sequences.lengths.sum()))))
             last = state.step == settings.steps
             if validation and (last or state.step % max(1, settings.steps // 5) == 0):
                 metrics["rm/validation_accuracy"] = accuracy(config, model, validation, tokenizer)
             log.write("rm", state.step, metrics)
             show({"loss": metrics["rm/loss"], "accuracy": metrics["rm/accuracy"]})
-            checkpoints.after_step(log, metrics)
+            checkpoints.after_step(log, metrics, guard)
         if validation:
             share = accuracy(config, model, validation, tokenizer)
             say(f"rm     held-out pairs ordered rightly: {share:.1%} of {len(validation)}")

@@ -65,9 +65,6 @@ class RewardFunction:
             raise RewardError(
                 f"{self.key}: {self.place} returned shape {tuple(scores.shape)}, {want}"
             )
-        if not torch.isfinite(scores).all():
-            first = int((~torch.isfinite(scores)).nonzero()[0])
-            raise RewardError(f"{self.key}: {self.place} returned {scores[first]} for {first}")
         return scores
 
 
@@ -87,7 +84,12 @@ def check_functions(config, prompts) -> None:
     """Call every reward function once, on prompts and an empty answer, before a run begins."""
     some = prompts[:2]
     for function, _ in load_functions(config).values():
-        function([p.text for p in some], [""] * len(some), [p.meta for p in some])
+        scores = function([p.text for p in some], [""] * len(some), [p.meta for p in some])
+        if not torch.isfinite(scores).all():  # later on, the guard skips such a step
+            first = int((~torch.isfinite(scores)).nonzero()[0])
+            raise RewardError(
+                f"{function.key}: {function.place} returned {scores[first]} for {first}"
+            )
 
 
 class Scorer:

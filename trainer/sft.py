@@ -6,6 +6,7 @@ from trainer import models, parallel
 from trainer.batching import Sequences, batch_indices
 from trainer.checkpoint import Checkpoints, TrainState, finished
 from trainer.data import load_demonstrations
+from trainer.faults import Guard
 from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, progress, say
 from trainer.optim import Optimizer
 
@@ -18,14 +19,17 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
     tokenizer = models.load_tokenizer(config.model.policy, config)
     demonstrations = load_demonstrations(config, tokenizer)
     policy = models.load_policy(config.model.policy, config).train()
+    guard = Guard(config.trainer.max_skipped)
     optimizer = Optimizer(
         [(settings.lr, policy.parameters())],
         weight_decay=settings.weight_decay,
         grad_clip=settings.grad_clip,
         warmup=settings.warmup,
         decay_until=settings.steps,
+        guard=guard,
+        name="policy",
     )
-    state = TrainState({"policy": policy}, {"policy": optimizer})
+    state = TrainState({"policy": policy}, {"policy": optimizer}, {"guard": guard})
     with (
         Checkpoints(config, run, "sft", state, resume) as checkpoints,
         MetricsLog(run, ("sft",), state.step, config.trainer.log) as log,
@@ -44,16 +48,16 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
                         loss = -policy(batch.rows(rows)).logprobs.sum() / tokens
                     loss.backward()
                     averages.add("sft", {"loss": loss})
-                averages.add(
-                    "sft", {"grad_norm": optimizer.step(state.step) / parallel.world_size()}
-                )
+                norm = optimizer.step(state.step, averages.open["sft/loss"])
+                averages.add("sft", {"grad_norm": norm / parallel.world_size()})
                 averages.update("sft")
             state.step += 1
             metrics = averages.means()
             metrics["sft/lr"] = settings.lr * optimizer.factor(state.step - 1)
+            metrics["guard/skipped"] = guard.skipped
             metrics.update(timer.metrics(int(parallel.all_sum(batch.lengths.sum()))))
             log.write("sft", state.step, metrics)
             show({"loss": metrics["sft/loss"]})
-            checkpoints.after_step(log, metrics)
+            checkpoints.after_step(log, metrics, guard)
         policy.save(run.model("sft"), tokenizer)
         checkpoints.end()

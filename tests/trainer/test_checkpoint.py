@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.trainer import children, tiny
 from trainer.checkpoint import CheckpointError, Checkpoints, TrainState, steps_in
-from trainer.faults import Stopped
+from trainer.faults import Guard, Stopped
 from trainer.metrics import MetricsLog, RunFolder, read_lines
 from trainer.optim import Optimizer
 
@@ -155,7 +155,7 @@ def test_sigterm_inside_a_step_is_obeyed_after_it(tmp_path):
     with pytest.raises(Stopped, match=said) as it, small.open(resume=False) as checkpoints:
         os.kill(os.getpid(), signal.SIGTERM)
         small.state.step = 1
-        checkpoints.after_step(log, {})
+        checkpoints.after_step(log, {}, Guard(5))
     assert it.value.code == 143 and steps(small) == [1]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
@@ -166,7 +166,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     with small.open(resume=False) as checkpoints:
         for step, score in enumerate(scores, 1):
             small.state.step = step
-            checkpoints.after_step(log, {} if score is None else {"score": score})
+            metrics = {} if score is None else {"score": score}
+            checkpoints.after_step(log, metrics, Guard(5))
             if step == 4:
                 assert steps(small) == [2, 3, 4]
     assert steps(small) == [6, 7, 8]
@@ -281,11 +282,11 @@ def test_what_has_diverged_is_not_kept(tmp_path, capsys):
     log = MetricsLog(small.run, ("sft",), 0, ())
     with small.open(resume=False) as checkpoints:
         small.state.step = 1
-        checkpoints.after_step(log, {})
+        checkpoints.after_step(log, {}, Guard(5))
         small.state.step = 2
         with torch.no_grad():
             small.model.weight[3, 3] = torch.nan
-        checkpoints.after_step(log, {})
+        checkpoints.after_step(log, {}, Guard(5))
     assert steps(small) == [1] and "step 2 has diverged" in capsys.readouterr().out
 
 

@@ -112,7 +112,7 @@ def test_gradients_do_not_depend_on_the_micro_batches(fresh, monkeypatch, infere
         found = {}
 
         def keep(name, optimiser):
-            def step(_):
+            def step(*_):
                 found[name] = torch.cat([p.grad.flatten() for p in optimiser.params])
                 return found[name].norm()
 
