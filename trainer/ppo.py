@@ -13,6 +13,7 @@ adaptive learning rates. S sequences (prompts x samples), T padded answer tokens
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ from trainer.batching import Sequences, batch_indices, forward_all, minibatches
 from trainer.checkpoint import Checkpoints, TrainState, finished
 from trainer.data import Prompt, load_prompts
 from trainer.evaluate import Evaluator, Judge, by_label, few_of_each_domain, make_judge
-from trainer.experience import estimate, explained_variance, forward_models
+from trainer.experience import Forward, estimate, explained_variance, forward_models
 from trainer.faults import Guard
 from trainer.invariance import Groups, performance
 from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, final_table, progress, say
@@ -120,12 +121,10 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
         t.groups.observe(probs, returns)
         labels = t.groups.labels(returns)
 
-    updates = Averages()
+    batch, updates = Batch(sequences, mask, forward, exp, kl_coef, returns, labels), Averages()
     with timer("critic"):  # stage 1: the policy stands still, critic and head learn
         if t.critic is not None:
-            train_critic(
-                t, step, sequences, mask, forward.values, exp.returns, returns, labels, updates
-            )
+            train_critic(t, step, batch, updates)
 
     with timer("policy"):  # stage 2: the groups stand still, the policy learns
         after = probs
@@ -133,8 +132,7 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
             after = t.groups.probs(t.group_logits(sequences), prompts)
         weights = t.groups.weights(after, returns)
         if step >= config.ppo.critic_warmup_steps:
-            advantages = exp.advantages * weights.unsqueeze(1)
-            train_policy(t, step, sequences, mask, forward, advantages, kl_coef, updates)
+            train_policy(t, step, batch, weights, updates)
     t.groups.control(probs, exp.seq_kl)
 
     with timer("metrics"):
@@ -161,43 +159,43 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
     return metrics | timer.metrics(int(parallel.all_sum(sequences.lengths.sum())))
 
 
-def train_critic(
-    t: Setup,
-    step: int,
-    sequences: Sequences,
-    mask: Tensor,  # (S, T)
-    old_values: Tensor,  # (S, T)
-    returns: Tensor,  # (S, T) what the values should be
-    group_returns: Tensor,  # (S) R_i
-    labels: Tensor | None,  # (S) the exact partition
-    updates: Averages,
-) -> None:
+@dataclass(frozen=True)
+class Batch:
+    """An iteration's answers, and what was known of them before any update."""
+
+    sequences: Sequences
+    mask: Tensor  # (S, T) bool
+    forward: Forward
+    experience: gikernels.Experience
+    kl_coef: Tensor  # (S) eta_i
+    performance: Tensor  # (S) R_i
+    labels: Tensor | None  # (S) targets of the head: the exact partition
+
+
+def train_critic(t: Setup, step: int, batch: Batch, updates: Averages) -> None:
     """Clipped value loss, and beside it the loss of the head that predicts the groups."""
-    config = t.config
+    config, mask, exp = t.config, batch.mask, batch.experience
     t.critic.train()
     for epoch in range(config.ppo.ppo_epochs):
-        shuffle = parallel.generator(config.run.seed, "critic", step, epoch)
-        for chosen in minibatches(
-            len(sequences), config.ppo.minibatches, shuffle, config.ppo.samples_per_prompt
-        ):
-            batch = sequences.rows(chosen)
+        for chosen in shuffled(t, "critic", step, epoch):
+            part = batch.sequences.rows(chosen)
             denom = parallel.all_sum(mask[chosen].sum())
             head_loss = None
             if t.groups.has_head:
                 head_loss = t.groups.head_loss(
-                    labels[chosen] if labels is not None else None,
-                    group_returns[chosen],
-                    lambda batch=batch: t.group_logits(batch),
+                    batch.labels[chosen] if batch.labels is not None else None,
+                    batch.performance[chosen],
+                    lambda part=part: t.group_logits(part),
                 )
-            for rows in batch.micro_batches(config.trainer.tokens_per_microbatch):
+            for rows in part.micro_batches(config.trainer.tokens_per_microbatch):
                 here = chosen[rows]
                 with parallel.autocast(config.model.dtype):
-                    values, logits = t.critic(batch.rows(rows))
+                    values, logits = t.critic(part.rows(rows))
                 width = values.shape[1]
                 loss, figures = gikernels.value_loss(
                     values,
-                    old_values[here, :width],
-                    returns[here, :width],
+                    batch.forward.values[here, :width],
+                    exp.returns[here, :width],
                     mask[here, :width],
                     denom=denom,
                     clip=config.ppo.value_clip or None,
@@ -216,30 +214,20 @@ def train_critic(
     t.critic.eval()
 
 
-def train_policy(
-    t: Setup,
-    step: int,
-    sequences: Sequences,
-    mask: Tensor,  # (S, T)
-    forward,
-    advantages: Tensor,  # (S, T), weighted
-    kl_coef: Tensor,  # (S)
-    updates: Averages,
-) -> None:
-    """The clipped surrogate; sums over micro-batches and ranks with one global denominator."""
-    config = t.config
+def train_policy(t: Setup, step: int, batch: Batch, weights: Tensor, updates: Averages) -> None:
+    """The clipped surrogate with advantages times c_i (`weights`); sums over micro-batches and
+    ranks with one global denominator."""
+    config, mask, forward = t.config, batch.mask, batch.forward
+    advantages = batch.experience.advantages * weights.unsqueeze(1)
     t.policy.train()
     for epoch in range(config.ppo.ppo_epochs):
-        shuffle = parallel.generator(config.run.seed, "policy", step, epoch)
-        for chosen in minibatches(
-            len(sequences), config.ppo.minibatches, shuffle, config.ppo.samples_per_prompt
-        ):
-            batch = sequences.rows(chosen)
+        for chosen in shuffled(t, "policy", step, epoch):
+            part = batch.sequences.rows(chosen)
             denom = parallel.all_sum(mask[chosen].sum())
-            for rows in batch.micro_batches(config.trainer.tokens_per_microbatch):
+            for rows in part.micro_batches(config.trainer.tokens_per_microbatch):
                 here = chosen[rows]
                 with parallel.autocast(config.model.dtype):
-                    stats = t.policy(batch.rows(rows), config.rollout.temperature)
+                    stats = t.policy(part.rows(rows), config.rollout.temperature)
                 width = stats.logprobs.shape[1]
                 real = mask[here, :width]
                 loss, figures = gikernels.ppo_loss(
@@ -255,23 +243,23 @@ def train_policy(
                 if config.ppo.entropy_coef:
                     loss = loss - config.ppo.entropy_coef * (stats.entropy * real).sum() / denom
                 if config.ppo.kl_in_loss:
-                    loss = (
-                        loss
-                        + kl_loss(
-                            config,
-                            stats.logprobs,
-                            forward.ref_logprobs[here, :width],
-                            kl_coef[here],
-                            real,
-                        )
-                        / denom
-                    )
+                    ref_logprobs = forward.ref_logprobs[here, :width]
+                    cost = kl_loss(config, stats.logprobs, ref_logprobs, batch.kl_coef[here], real)
+                    loss = loss + cost / denom
                 updates.add("policy", {"loss": loss, **figures})
                 loss.backward()
             norm = t.policy_optimizer.step(step, updates.open["policy/loss"])
             updates.add("policy", {"grad_norm": norm / parallel.world_size()})
             updates.update("policy")
     t.policy.eval()
+
+
+def shuffled(t: Setup, name: str, step: int, epoch: int) -> Iterator[Tensor]:
+    """The minibatches' rows, another split in each epoch."""
+    ppo = t.config.ppo
+    generator = parallel.generator(t.config.run.seed, name, step, epoch)
+    local = ppo.sequences_per_step // parallel.world_size()
+    return minibatches(local, ppo.minibatches, generator, ppo.samples_per_prompt)
 
 
 def kl_loss(config, logprobs: Tensor, ref_logprobs: Tensor, kl_coef: Tensor, mask: Tensor):
@@ -426,7 +414,8 @@ class ReferenceScores:
 
 
 def mean(x: Tensor) -> float:
-    total, count = parallel.all_sum([x.double().sum(), x.new_tensor(len(x)).double()])
+    x = x.double()  # a count in a bool's own dtype would be 1
+    total, count = parallel.all_sum([x.sum(), x.new_tensor(len(x))])
     return float(total / count)
 
 

@@ -21,6 +21,7 @@ SMALL = [
     "ppo.prompts_per_step=32",
     "ppo.critic_warmup_steps=0",
     "groups.min_size=2",
+    "kl.coef=0.3",
     "eval.every=2",
     "eval.samples_per_domain=8",
     "trainer.progress=false",
