@@ -14,7 +14,6 @@ from pathlib import Path
 
 from trainer import config as settings
 from trainer.config import Config, ConfigError
-from trainer.faults import RunError
 
 HELP = """\
 usage: gi COMMAND CONFIG [section.key=value ...] [--dry-run] [--resume] [--output DIR]
@@ -68,16 +67,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(_parse(arguments))
     except KeyboardInterrupt:
         return 130
-    except RunError as error:
-        print(f"gi: {error}", file=sys.stderr)
-        return error.code
     except Exception as error:
         # ConfigError, DataError, RewardError and UsageError are one line for a person to read;
         # any other error is a bug and shows where it comes from.
         if getattr(error, "for_user", False):
-            print(f"gi: {error}", file=sys.stderr)
-            return 2
+            _tell(str(error))
+            return getattr(error, "code", 2)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from trainer import faults
+
+            if lost := faults.lost_rank(error):
+                print(f"gi: {lost}", file=sys.stderr)
+                return 1
         raise
+
+
+def _tell(error: str) -> None:
+    """Once, for every rank has met it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"gi: {error}", file=sys.stderr)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -117,14 +125,17 @@ def _run(args: argparse.Namespace) -> int:
     resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     _refuse_what_is_missing(config, stages, resume)
 
-    from trainer import plan
+    from trainer import parallel, plan
 
+    parallel.start()
     checked = plan.check(config, stages, dry_run=args.dry_run)
     _check_folder(config, args.command, resume)
     if args.dry_run:
-        print(plan.describe(config, stages, checked))
-        return 0
-    _execute(config, args.command, stages, resume)
+        if parallel.is_main():
+            print(plan.describe(config, stages, checked))
+    else:
+        _execute(config, args.command, stages, resume)
+    parallel.stop()
     return 0
 
 
@@ -135,8 +146,6 @@ def _refuse_what_is_missing(config: Config, stages: Sequence[str], resume: bool)
             raise UsageError(f"stage {stage} is not there yet")
     if resume and not set(stages) <= set(RESUMABLE):
         raise UsageError(f"--resume is not there yet for {', '.join(stages)}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("training on several ranks is not there yet: start one process")
 
 
 def _check_folder(config: Config, command: str, resume: bool) -> None:

@@ -22,9 +22,17 @@ from trainer.metrics import RunFolder, say
 @contextmanager
 def running(config, run: RunFolder, resume: bool = False) -> Iterator[None]:
     """The main run's PPO goes inside; on leaving, all baselines have ended."""
-    waiting = list(config.baselines) if parallel.is_main() else []
+    waiting = list(config.baselines)
     if not waiting:
         yield
+        return
+    if parallel.world_size() > 1:  # all ranks are needed for one run
+        from trainer import ppo
+
+        yield
+        for name in waiting:
+            say(f"ppo    baseline {name}")
+            ppo.run(_inner(config, run, name, config.run.threads), run.baseline(name), resume)
         return
     on_cpu = parallel.device().type == "cpu"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -57,19 +65,7 @@ def running(config, run: RunFolder, resume: bool = False) -> Iterator[None]:
 def _start(config, run: RunFolder, name: str, threads: int, resume: bool) -> subprocess.Popen:
     folder = run.baseline(name)
     folder.path.mkdir(parents=True, exist_ok=True)
-    inner = config.baseline(name)
-    inner = dataclasses.replace(
-        inner,
-        run=dataclasses.replace(
-            inner.run, stages=("ppo",), output=str(folder.path), threads=threads
-        ),
-        model=dataclasses.replace(
-            inner.model,
-            policy=models.policy_source(config, run),
-            reward=models.reward_source(config, run) if config.reward.model_weight else "",
-        ),
-    )
-    folder.config.write_text(inner.to_yaml())
+    folder.config.write_text(_inner(config, run, name, threads).to_yaml())
     environment = dict(os.environ, OMP_NUM_THREADS=str(threads)) if threads else os.environ
     flags = ["--resume"] if resume else []
     with folder.log_file().open("a" if resume else "w") as log:
@@ -79,6 +75,20 @@ def _start(config, run: RunFolder, name: str, threads: int, resume: bool) -> sub
             stderr=subprocess.STDOUT,
             env=environment,
         )
+
+
+def _inner(config, run: RunFolder, name: str, threads: int):
+    inner = config.baseline(name)
+    output = str(run.baseline(name).path)
+    return dataclasses.replace(
+        inner,
+        run=dataclasses.replace(inner.run, stages=("ppo",), output=output, threads=threads),
+        model=dataclasses.replace(
+            inner.model,
+            policy=models.policy_source(config, run),
+            reward=models.reward_source(config, run) if config.reward.model_weight else "",
+        ),
+    )
 
 
 def _finish(run: RunFolder, name: str, process: subprocess.Popen) -> None:

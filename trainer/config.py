@@ -89,6 +89,8 @@ class Model:
     """Attention of transformers: sdpa, eager, flash_attention_2 ..."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    offload_reference: bool = False
+    """Keep the reference policy's shards in the CPU's memory (with several ranks)."""
     trust_remote_code: bool = False
     """Let transformers run code that comes with a model."""
 
@@ -613,6 +615,8 @@ class Eval:
 class Trainer:
     tokens_per_microbatch: int = 8192
     """Tokens in one forward and backward, in every stage: memory and speed, never the result."""
+    replicas: int = 1
+    """Whole copies of each model, every one sharded over ranks / replicas (HSDP): one a node."""
     profile: bool = False
     """Write a torch profiler trace of a few steps."""
     save_every: int = 50
@@ -639,6 +643,7 @@ class Trainer:
         )
         _want(self.save_every >= 0, "trainer.save_every", self.save_every, "0 or more")
         _want(self.keep_last > 0, "trainer.keep_last", self.keep_last, "1 or more")
+        _want(self.replicas > 0, "trainer.replicas", self.replicas, "1 or more")
         _want(self.max_skipped > 0, "trainer.max_skipped", self.max_skipped, "1 or more")
         for sink in self.log:
             known = ("tensorboard", "wandb")

@@ -15,13 +15,27 @@ from trainer.metrics import say
 class RunError(RuntimeError):
     """Ends the run with one line on the terminal and this exit code."""
 
-    code = 1
+    for_user, code = True, 1
 
 
 class Stopped(RunError):
     """Asked to stop, and did, with a checkpoint. 143 = 128 + SIGTERM: schedulers start it again."""
 
     code = 128 + signal.SIGTERM
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """What to say where a collective failed because another rank is gone."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out")
+    signs = (*signs, "Socket closed", "remote process exited", "NCCL", "Gloo")
+    if not isinstance(error, RuntimeError) or not any(sign in str(error) for sign in signs):
+        return None
+    first = str(error).strip().splitlines()[0]
+    return (
+        f"rank {parallel.rank()}: another rank is gone ({first}); this one ends. The first error "
+        "above tells why; --resume goes on from the newest checkpoint, and torchrun --max-restarts "
+        "N does so by itself"
+    )
 
 
 class Diverged(RunError):

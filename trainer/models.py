@@ -9,7 +9,7 @@ vocabulary, n answer tokens in all.
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +18,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DynamicCache,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -257,13 +259,39 @@ def quietly():
 
 def save_pretrained(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """In Hugging Face format; written aside and renamed, so that what is there is whole."""
-    aside = path.with_name(f".{path.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    with quietly():
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-    shutil.rmtree(path, ignore_errors=True)
-    aside.rename(path)
+    state = {}
+    for name, p in model.named_parameters():  # tied ones once
+        full = parallel.whole(p.detach())  # every rank has to ask
+        if parallel.is_main():
+            state[name] = full.cpu()
+    if parallel.is_main():
+        aside = path.with_name(f".{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        with quietly():
+            buffers = dict(model.named_buffers())
+            state |= {name: x for name, x in model.state_dict().items() if name in buffers}
+            model.save_pretrained(aside, state_dict=state)
+            tokenizer.save_pretrained(aside)
+        shutil.rmtree(path, ignore_errors=True)
+        aside.rename(path)
+    parallel.barrier()
+
+
+def gather(policy: Policy, dtype: torch.dtype, into: Policy | None) -> Policy:
+    """A sharded policy as a whole one on this rank, for sampling; `into` is used again."""
+    if into is None:
+        with torch.device("meta"), quietly():
+            model = type(policy.model)(policy.model.config)
+        for p in model.parameters():
+            p.data = p.data.to(dtype)
+        model.to_empty(device=parallel.device())
+        model.tie_weights()
+        model.generation_config = policy.model.generation_config
+        into = frozen(Policy(model))
+    for ours, theirs in ((into.parameters, policy.parameters), (into.buffers, policy.buffers)):
+        for mine, sharded in zip(ours(), theirs(), strict=True):
+            mine.data.copy_(parallel.whole(sharded.detach()))
+    return into
 
 
 def load_tokenizer(source: str, config) -> PreTrainedTokenizerBase:
@@ -277,12 +305,17 @@ def load_tokenizer(source: str, config) -> PreTrainedTokenizerBase:
         )
 
 
-def load_policy(source: str, config) -> Policy:
+def load_policy(source: str, config, offload: bool = False) -> Policy:
+    """`offload`: weights wait in the CPU's memory and visit the GPU block by block."""
+    return prepare(_policy(source, config), config, offload)
+
+
+def _policy(source: str, config) -> Policy:
     if source == "toy":
         from trainer.toy import World
 
-        return prepare(Policy(World(config.toy).model(config.run.seed)), config)
-    return prepare(Policy(_load(AutoModelForCausalLM, source, config)), config)
+        return Policy(World(config.toy).model(config.run.seed))
+    return Policy(_load(AutoModelForCausalLM, source, config))
 
 
 def load_reward_model(
@@ -290,13 +323,19 @@ def load_reward_model(
 ) -> RewardModel:
     """A reward model; or, from a causal language model's folder, one with a new score layer, which
     takes its pad token from the tokenizer."""
+    return prepare(_reward_model(source, config, head, tokenizer), config)
+
+
+def _reward_model(
+    source: str, config, head: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> RewardModel:
     torch.manual_seed(config.run.seed)  # the new layer's weights
     if source == "toy":
         raise ConfigError("toy: a reward model starts from the model of stage sft", "model.policy")
     model = _load(AutoModelForSequenceClassification, source, config, num_labels=1)
     if tokenizer is not None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return prepare(RewardModel(model, head), config)
+    return RewardModel(model, head)
 
 
 def policy_source(config, run) -> str:
@@ -325,40 +364,33 @@ def load_scoring_model(config, run) -> tuple[RewardModel | None, PreTrainedToken
     return frozen(load_reward_model(source, config)), load_tokenizer(source, config)
 
 
-def make_critic(config, policy: Policy, reward: RewardModel | None, groups) -> Critic | None:
-    """From a copy of the reward model's or the policy's backbone, or from a path. None where
-    neither values nor a group head are asked for."""
+def make_critic(config, run, policy: Policy, groups) -> Critic | None:
+    """From the reward model's or the policy's backbone, or from a path. None where neither values
+    nor a group head are asked for."""
     if not (config.ppo.has_critic or groups.has_head):
         return None
-    torch.manual_seed(config.run.seed)  # the new heads' weights
     source = config.model.critic
-    if source not in ("reward", "policy"):
-        body = load_policy(source, config).model.base_model
-    elif source == "reward" and reward is not None:
-        body = reward.model.base_model
-        if body.get_input_embeddings().num_embeddings < len(
-            policy.model.get_input_embeddings().weight
-        ):
+    if source == "reward" and config.reward.model_weight:
+        body = _reward_model(reward_source(config, run), config).model.base_model
+        vocabulary = policy.model.get_input_embeddings().num_embeddings
+        if body.get_input_embeddings().num_embeddings < vocabulary:
             raise ConfigError(
                 "reward: the reward model has another vocabulary than the policy; want policy",
                 "model.critic",
             )
     else:
-        body = policy.model.base_model
+        named = source not in ("reward", "policy")
+        body = _policy(source if named else policy_source(config, run), config).model.base_model
+    torch.manual_seed(config.run.seed)  # the new heads' weights
     hidden_size = body.config.get_text_config().hidden_size
-    critic = Critic(copy.deepcopy(body), hidden_size, groups.num, config.groups.on)
-    return prepare(critic.requires_grad_(True), config)
+    return prepare(Critic(body, hidden_size, groups.num, config.groups.on), config)
 
 
 def frozen(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def frozen_copy(module: nn.Module) -> nn.Module:
-    return frozen(copy.deepcopy(module))
-
-
-def prepare(module: nn.Module, config) -> nn.Module:
+def prepare(module: nn.Module, config, offload: bool = False) -> nn.Module:
     """The one place where a finished model meets the machine: device, and later its shards.
 
     Dropout is off: it would make the log-probabilities of training and sampling those of two
@@ -376,15 +408,27 @@ def prepare(module: nn.Module, config) -> nn.Module:
                 enable = getattr(part, "activation_checkpointing_enable", None)  # its newer name
                 (enable or part.gradient_checkpointing_enable)()
                 break
-    return module.to(parallel.device()).eval()
+    return parallel.place(module, config, offload).eval()
 
 
 def _load(auto, source: str, config, **options) -> PreTrainedModel:
+    """Rank 0 reads the weights; the others build a model without storage and get theirs from it."""
+    common = {
+        "attn_implementation": config.model.attention,
+        "trust_remote_code": config.model.trust_remote_code,
+    }
     with quietly():
+        if not parallel.is_main():
+            code = config.model.trust_remote_code
+            settings = AutoConfig.from_pretrained(source, trust_remote_code=code, **options)
+            with torch.device("meta"):
+                model = auto.from_config(settings, dtype=torch.float32, **common)
+            with contextlib.suppress(OSError):  # it says where answers end
+                model.generation_config = GenerationConfig.from_pretrained(source)
+            return model
         return auto.from_pretrained(
             source,
             dtype=torch.float32,  # the master copy; model.dtype is what autocast computes in
-            attn_implementation=config.model.attention,
-            trust_remote_code=config.model.trust_remote_code,
+            **common,
             **options,
         )

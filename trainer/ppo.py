@@ -66,6 +66,7 @@ def train(config, run: RunFolder, resume: bool = False) -> None:
             show(headline(metrics))
             last = t.state.step == config.ppo.steps
             if last or (config.eval.every and t.state.step % config.eval.every == 0):
+                t.engine.sync(t.policy)
                 evaluation, samples = t.evaluator(t.policy, t.critic, t.groups)
                 log.write("eval", t.state.step, evaluation, policy="policy")
                 few = few_of_each_domain(samples, config.eval.final_samples)
@@ -101,7 +102,7 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
     seen = {"values": forward.values, "group logits": forward.group_logits}
     if not t.guard.allows("rollout", **{f"reward {name}": x for name, x in raw.items()}, **seen):
         skipped = {"objective/scores": mean(raw["total"]), "guard/skipped": t.guard.skipped}
-        return skipped | timer.metrics(int(parallel.all_sum(sequences.lengths.sum())))
+        return skipped | timer.metrics(int(sequences.lengths.sum()))
 
     with timer("experience"):
         t.normaliser.observe(raw["total"])
@@ -156,7 +157,7 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
         if t.judge is not None:
             columns["gold"] = t.judge(prompts, sequences)
         metrics |= by_label(columns, [p.domain for p in prompts], "domain")
-    return metrics | timer.metrics(int(parallel.all_sum(sequences.lengths.sum())))
+    return metrics | timer.metrics(int(sequences.lengths.sum()))
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def train_critic(t: Setup, step: int, batch: Batch, updates: Averages) -> None:
     for epoch in range(config.ppo.ppo_epochs):
         for chosen in shuffled(t, "critic", step, epoch):
             part = batch.sequences.rows(chosen)
-            denom = parallel.all_sum(mask[chosen].sum())
+            denom = mask[chosen].sum()
             head_loss = None
             if t.groups.has_head:
                 head_loss = t.groups.head_loss(
@@ -187,7 +188,7 @@ def train_critic(t: Setup, step: int, batch: Batch, updates: Averages) -> None:
                     batch.performance[chosen],
                     lambda part=part: t.group_logits(part),
                 )
-            for rows in part.micro_batches(config.trainer.tokens_per_microbatch):
+            for rows, weight in part.pieces(config.trainer.tokens_per_microbatch):
                 here = chosen[rows]
                 with parallel.autocast(config.model.dtype):
                     values, logits = t.critic(part.rows(rows))
@@ -196,7 +197,7 @@ def train_critic(t: Setup, step: int, batch: Batch, updates: Averages) -> None:
                     values,
                     batch.forward.values[here, :width],
                     exp.returns[here, :width],
-                    mask[here, :width],
+                    mask[here, :width] & bool(weight),
                     denom=denom,
                     clip=config.ppo.value_clip or None,
                 )
@@ -204,7 +205,7 @@ def train_critic(t: Setup, step: int, batch: Batch, updates: Averages) -> None:
                     loss = loss * 0
                 updates.add("value", {"loss": loss, "clipfrac": figures["clipfrac"]})
                 if head_loss is not None:
-                    head = head_loss(logits, rows)
+                    head = head_loss(logits, rows) * weight
                     updates.add("value", {"head_loss": head})
                     loss = loss + head
                 loss.backward()
@@ -223,13 +224,13 @@ def train_policy(t: Setup, step: int, batch: Batch, weights: Tensor, updates: Av
     for epoch in range(config.ppo.ppo_epochs):
         for chosen in shuffled(t, "policy", step, epoch):
             part = batch.sequences.rows(chosen)
-            denom = parallel.all_sum(mask[chosen].sum())
-            for rows in part.micro_batches(config.trainer.tokens_per_microbatch):
+            denom = mask[chosen].sum()
+            for rows, weight in part.pieces(config.trainer.tokens_per_microbatch):
                 here = chosen[rows]
                 with parallel.autocast(config.model.dtype):
                     stats = t.policy(part.rows(rows), config.rollout.temperature)
                 width = stats.logprobs.shape[1]
-                real = mask[here, :width]
+                real = mask[here, :width] & bool(weight)
                 loss, figures = gikernels.ppo_loss(
                     stats.logprobs,
                     forward.logprobs[here, :width],
@@ -258,8 +259,7 @@ def shuffled(t: Setup, name: str, step: int, epoch: int) -> Iterator[Tensor]:
     """The minibatches' rows, another split in each epoch."""
     ppo = t.config.ppo
     generator = parallel.generator(t.config.run.seed, name, step, epoch)
-    local = ppo.sequences_per_step // parallel.world_size()
-    return minibatches(local, ppo.minibatches, generator, ppo.samples_per_prompt)
+    return minibatches(ppo.sequences_per_step, ppo.minibatches, generator, ppo.samples_per_prompt)
 
 
 def kl_loss(config, logprobs: Tensor, ref_logprobs: Tensor, kl_coef: Tensor, mask: Tensor):
@@ -299,10 +299,11 @@ class Setup:
         tokenizer = models.load_tokenizer(source, config)
         prompts = load_prompts(config, "train", tokenizer)
         policy = models.load_policy(source, config)
-        reference = models.frozen_copy(policy)
+        offload = config.model.offload_reference
+        reference = models.frozen(models.load_policy(source, config, offload))
         reward, reward_tokenizer = models.load_scoring_model(config, run)
         groups = Groups(config, prompts)
-        critic = models.make_critic(config, policy, reward, groups)
+        critic = models.make_critic(config, run, policy, groups)
         guard = Guard(config.trainer.max_skipped)
         options = {
             "guard": guard,
@@ -414,14 +415,11 @@ class ReferenceScores:
 
 
 def mean(x: Tensor) -> float:
-    x = x.double()  # a count in a bool's own dtype would be 1
-    total, count = parallel.all_sum([x.sum(), x.new_tensor(len(x))])
-    return float(total / count)
+    return float(x.double().mean())
 
 
 def token_mean(x: Tensor, mask: Tensor) -> float:
-    total, count = parallel.all_sum([x[mask].double().sum(), mask.sum().double()])
-    return float(total / count)
+    return float(x[mask].double().mean())
 
 
 def headline(metrics: dict[str, float]) -> dict[str, float]:

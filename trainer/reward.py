@@ -15,7 +15,7 @@ from torch import Tensor
 
 import gikernels
 from trainer import models, parallel
-from trainer.batching import Sequences, batch_indices, forward_all, micro_batches
+from trainer.batching import Piece, Sequences, batch_indices, forward_all, pieces
 from trainer.checkpoint import Checkpoints, TrainState, finished
 from trainer.data import DataError, Pair, load_pairs
 from trainer.faults import Guard
@@ -60,16 +60,16 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
             timer, averages = Timer(), Averages()
             batch = [pairs[i] for i in batch_indices(len(pairs), settings.batch, state.step, seed)]
             with timer("train"):
-                total = parallel.all_sum(torch.tensor(float(len(batch))))
                 sequences = both_answers(batch, tokenizer.pad_token_id)
-                for rows in pair_batches(sequences, config.trainer.tokens_per_microbatch):
+                for rows, weight in pair_pieces(sequences, config.trainer.tokens_per_microbatch):
                     both = sequences.rows(torch.cat([rows, rows + len(batch)]))
                     with parallel.autocast(config.model.dtype):
                         chosen, rejected = model(both).chunk(2)
                     some = [batch[i] for i in rows.tolist()]
                     loss, figures = pair_loss(settings, chosen, rejected, some)
-                    (loss * (len(some) / total)).backward()
-                    averages.add("rm", {k: v * len(some) / total for k, v in figures.items()})
+                    part = weight * len(some) / len(batch)
+                    (loss * part).backward()
+                    averages.add("rm", {k: v * part for k, v in figures.items()})
                 norm = optimizer.step(state.step, averages.open["rm/loss"])
                 averages.add("rm", {"grad_norm": norm / parallel.world_size()})
                 averages.update("rm")
@@ -77,7 +77,7 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
             metrics = averages.means()
             metrics["rm/lr"] = settings.lr * optimizer.factor(state.step - 1)
             metrics["guard/skipped"] = guard.skipped
-            metrics.update(timer.metrics(int(parallel.all_sum(sequences.lengths.sum()))))
+            metrics.update(timer.metrics(int(sequences.lengths.sum())))
             last = state.step == settings.steps
             if validation and (last or state.step % max(1, settings.steps // 5) == 0):
                 metrics["rm/validation_accuracy"] = accuracy(config, model, validation, tokenizer)
@@ -141,10 +141,10 @@ def both_answers(pairs: list[Pair], pad: int) -> Sequences:
     return Sequences.of(prompts + prompts, answers, pad)
 
 
-def pair_batches(sequences: Sequences, budget: int) -> list[Tensor]:
+def pair_pieces(sequences: Sequences, budget: int) -> list[Piece]:
     """Micro-batches of pair indices: a pair's two answers stay together."""
     longer = sequences.lengths.view(2, -1).amax(0)
-    return micro_batches(2 * longer, budget)
+    return pieces(2 * longer, budget)
 
 
 def accuracy(config, model: models.RewardModel, pairs: list[Pair], tokenizer) -> float:

@@ -122,8 +122,11 @@ class Scorer:
         if self.functions:
             texts = self.tokenizer.batch_decode(sequences.answers(), skip_special_tokens=True)
             for name, (function, weight) in self.functions.items():
-                scores = function([p.text for p in prompts], texts, [p.meta for p in prompts])
-                parts[name] = (scores.to(sequences.tokens.device), weight)
+                mine = parallel.share(len(texts))  # each answer is judged on one rank
+                some = prompts[mine]
+                scores = torch.zeros(len(texts))
+                scores[mine] = function([p.text for p in some], texts[mine], [p.meta for p in some])
+                parts[name] = (parallel.all_sum(scores.to(sequences.tokens.device)), weight)
         total = -self.config.reward.truncated_penalty * truncated.float()
         for scores, weight in parts.values():
             total = total + weight * scores
@@ -159,7 +162,6 @@ class Normaliser:
         self.stats = gikernels.GroupStats(zero, zero, zero)
 
     def observe(self, scores: Tensor) -> None:
-        scores = parallel.all_gather(scores)
         ids = torch.zeros(len(scores), dtype=torch.int32, device=scores.device)
         self.stats = gikernels.merge_stats(self.stats, gikernels.group_stats(scores, ids, 1))
 

@@ -42,10 +42,10 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
                 prompts, answers = zip(*(demonstrations[i] for i in chosen))
                 batch = Sequences.of(list(prompts), list(answers), tokenizer.pad_token_id)
             with timer("train"):
-                tokens = parallel.all_sum(batch.answer_lengths.sum())
-                for rows in batch.micro_batches(config.trainer.tokens_per_microbatch):
+                tokens = batch.answer_lengths.sum()
+                for rows, weight in batch.pieces(config.trainer.tokens_per_microbatch):
                     with parallel.autocast(config.model.dtype):
-                        loss = -policy(batch.rows(rows)).logprobs.sum() / tokens
+                        loss = -weight * policy(batch.rows(rows)).logprobs.sum() / tokens
                     loss.backward()
                     averages.add("sft", {"loss": loss})
                 norm = optimizer.step(state.step, averages.open["sft/loss"])
@@ -55,7 +55,7 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
             metrics = averages.means()
             metrics["sft/lr"] = settings.lr * optimizer.factor(state.step - 1)
             metrics["guard/skipped"] = guard.skipped
-            metrics.update(timer.metrics(int(parallel.all_sum(batch.lengths.sum()))))
+            metrics.update(timer.metrics(int(batch.lengths.sum())))
             log.write("sft", state.step, metrics)
             show({"loss": metrics["sft/loss"]})
             checkpoints.after_step(log, metrics, guard)

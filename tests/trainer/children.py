@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["tests.trainer.test_checkpoint", "trainer.ppo", "trainer.reward"])
@@ -31,13 +32,14 @@ def _run(function, *arguments):
 
 def kill_at(stage, step):
     """This process dies, as by kill -9, when this line of metrics.jsonl has been written."""
+    from trainer import parallel
     from trainer.metrics import MetricsLog
 
     write = MetricsLog.write
 
     def write_and_die(self, of, at, *arguments, **labels):
         write(self, of, at, *arguments, **labels)
-        if (of, at) == (stage, step):
+        if (of, at) == (stage, step) and parallel.is_main():
             os.kill(os.getpid(), signal.SIGKILL)
 
     MetricsLog.write = write_and_die
@@ -56,3 +58,40 @@ def train(overrides, output, stages, resume=False, kill=None):
     config = tiny.config(output, *overrides)
     for stage in stages:
         importlib.import_module(f"trainer.{stage}").run(config, run, resume)
+
+
+def ranks(count, function, *arguments):
+    """function(*arguments) on this many ranks; their processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [
+        context.Process(target=_as_rank, args=(rank, count, port, function, *arguments))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def run_ranks(count, function, *arguments) -> list[int]:
+    processes = ranks(count, function, *arguments)
+    for process in processes:
+        process.join(240)
+        assert process.exitcode is not None, "hangs"
+    return [process.exitcode for process in processes]
+
+
+def _as_rank(rank, count, port, function, *arguments):
+    from trainer import parallel
+
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    parallel.start()
+    _run(function, *arguments)
+    parallel.stop()

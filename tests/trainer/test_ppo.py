@@ -1,5 +1,6 @@
 """The whole loop on a model of seconds: determinism, invariances, ablations, what it leaves."""
 
+import copy
 import io
 import json
 
@@ -245,7 +246,7 @@ def test_wrong_rollout_logprobs_stop_the_run(fresh, monkeypatch):
     config, run = fresh()
     t = ppo.Setup.of(config, run)
     with torch.no_grad():
-        stale = ppo.models.frozen_copy(t.policy)
+        stale = copy.deepcopy(t.policy)
         for p in stale.parameters():
             p.mul_(1.05)
     monkeypatch.setattr(t.engine, "sync", lambda policy: None)

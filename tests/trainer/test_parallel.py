@@ -1,0 +1,94 @@
+"""On two ranks what one rank finds: losses, gradients, groups, metrics, models, resumed runs."""
+
+import shutil
+
+import pytest
+import torch
+
+from tests.trainer import children, tiny
+from tests.trainer.test_checkpoint import SMALL, assert_equal_runs, results
+from trainer import parallel, ppo
+from trainer.batching import shares
+from trainer.metrics import RunFolder
+
+
+def test_shares_are_balanced_and_whole():
+    lengths = [7, 100, 3, 50, 50, 1, 30, 4]
+    parts = shares(lengths, 3)
+    assert sorted(i for part in parts for i in part) == list(range(8))
+    assert max(sum(lengths[i] for i in part) for part in parts) == 100
+    assert shares([5], 3)[1:] == [[], []]
+
+
+def gradients_of_an_iteration(models, output, overrides):
+    """Of policy and critic, whole and in float64, with the metrics; written by rank 0."""
+    run = RunFolder(output)
+    if parallel.is_main():
+        shutil.copytree(models, run.path / "models")
+    parallel.barrier()
+    options = ["ppo.minibatches=1", "ppo.ppo_epochs=1", "ppo.entropy_coef=0.01", *overrides]
+    t = ppo.Setup.of(tiny.config(output, *options), run)
+    found = {}
+
+    def keep(name, optimizer):
+        def step(*_):
+            grads = [p.grad for p in optimizer.params if p.grad is not None]
+            found[name] = torch.cat([parallel.whole(grad).flatten().double() for grad in grads])
+            return found[name].norm()
+
+        return step
+
+    t.policy_optimizer.step = keep("policy", t.policy_optimizer)
+    t.critic_optimizer.step = keep("critic", t.critic_optimizer)
+    metrics = ppo.iteration(t, 0)
+    if parallel.is_main():
+        torch.save((found, metrics), run.path / "found")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["ppo.prompts_per_step=32", "trainer.tokens_per_microbatch=100"],
+        ["ppo.prompts_per_step=16", "groups.inference=adversarial", "kl.estimator=exact"],
+        # one sequence: the other rank has none
+        ["ppo.prompts_per_step=1", "groups.inference=none", "model.gradient_checkpointing=true"],
+    ],
+    ids=["exact", "adversarial", "empty rank"],
+)
+def test_gradients_and_metrics_do_not_depend_on_the_number_of_ranks(base, tmp_path, overrides):
+    found = []
+    for count in (1, 2):
+        output = tmp_path / str(count)
+        arguments = (gradients_of_an_iteration, base.path / "models", output, overrides)
+        assert children.run_ranks(count, *arguments) == [0] * count
+        found.append(torch.load(output / "found"))
+    (gradients, metrics), (gradients2, metrics2) = found
+    for name, one in gradients.items():
+        assert one.norm() > 0
+        error = (gradients2[name] - one).norm() / one.norm()
+        assert error < 1e-5, (name, error)
+    assert metrics.keys() == metrics2.keys()
+    for name, value in metrics.items():
+        if not name.startswith(("timing", "perf")):
+            assert metrics2[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+
+
+def test_killed_and_resumed_on_two_ranks_and_on_one(tmp_path):
+    options = [*SMALL, "sft.steps=3", "rm.steps=3", "trainer.save_every=2"]
+    whole, broken, fewer = (tmp_path / name for name in ("whole", "broken", "fewer"))
+    stages = ("sft", "reward", "ppo")
+    assert children.run_ranks(2, children.train, options, whole, stages) == [0, 0]
+    codes = children.run_ranks(2, children.train, options, broken, stages, False, ("ppo", 3))
+    assert codes[0] == -9 and codes[1] not in (0, -9)  # the other ends by itself
+    shutil.copytree(broken, fewer)
+    assert children.run_ranks(2, children.train, options, broken, stages, True) == [0, 0]
+    assert_equal_runs(whole, broken)
+    assert children.run(children.train, options, fewer, stages, True) == 0
+    metrics, _, weights = results(fewer)
+    one, _, weights2 = results(whole)
+    for line, line2 in zip(metrics, one):
+        for name in line2:
+            if name.startswith("objective"):
+                assert line[name] == pytest.approx(line2[name], rel=1e-3, abs=1e-3), name
+    for name, tensor in weights["policy"].items():
+        torch.testing.assert_close(tensor, weights2["policy"][name], atol=1e-3, rtol=1e-3)
