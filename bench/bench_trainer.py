@@ -8,6 +8,9 @@ are medians; tokens are those of prompts and answers, without padding.
 The comparison is in critic-free mode (group-normalised advantages, k3 KL in the loss), which is
 what GRPOTrainer does. PPO with a critic, and with group-invariant learning, have no counterpart
 there (TRL dropped its PPO trainer); their cost is given relative to our critic-free mode.
+
+Two updates a step, as in the toy configuration. With `--updates 1` GRPOTrainer saves the forward
+for the old log-probabilities, which we compute always (to compare them with the rollout's).
 """
 
 from __future__ import annotations
@@ -140,7 +143,7 @@ def run_trl(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--updates", type=int, default=1, help="optimiser steps an iteration")
+    parser.add_argument("--updates", type=int, default=2, help="optimiser steps an iteration")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
     parser.add_argument("--threads", type=int, default=0)

@@ -137,7 +137,7 @@ def by_label(columns: dict[str, Tensor], labels: list[str | None], prefix: str) 
 
 
 def contingency(domains: list[str | None], groups: list[str]) -> dict[str, int]:
-    """eval/group/<g>/<domain>: how many prompts of a domain the head puts into group g."""
+    """contingency/<g>/<domain>: how many prompts of a domain are in group g."""
     out: dict[str, int] = {}
     for domain, group in zip(domains, groups):
         if domain is not None:

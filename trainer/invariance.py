@@ -102,13 +102,14 @@ class Groups:
             return zlib.crc32(repr((self.seed, prompt.ids)).encode()) % self.num
         return 0
 
-    def observe(self, probs: Tensor, performance: Tensor) -> None:
-        """Keep the order of soft or given groups by a running mean of their returns.
+    def observe(self, probs: Tensor, performance: Tensor) -> Tensor:
+        """Keep the order of soft or given groups by a running mean of their returns; the
+        probabilities in that order, which is theirs until it changes.
 
         One batch's means cross by chance; their running mean crosses when the groups do.
         """
         if self.inference in ("exact", "none"):
-            return
+            return probs
         means = torch.empty_like(self.running)
         means[self.order] = group_means(probs, performance)
         fresh = self.running.isnan()
@@ -118,11 +119,11 @@ class Groups:
         order = self.running.argsort(stable=True)
         if not bool(fresh.any()) and not torch.equal(order, self.order):
             self.swaps += 1
-        if not torch.equal(order, self.order):  # what is kept for each group moves with it
-            inverse = torch.empty_like(self.order)
-            inverse[self.order] = torch.arange(self.num, device=order.device)
-            self.dro = self.dro[inverse[order]]
-        self.order = order
+        place = torch.empty_like(order)  # of each slot, so far
+        place[self.order] = torch.arange(self.num, device=order.device)
+        moved = place[order]
+        self.order, self.dro = order, self.dro[moved]
+        return probs[:, moved]
 
     # --- stage 1: the head ---
 

@@ -197,8 +197,9 @@ class Averages:
 
     def means(self) -> dict[str, float]:
         names = list(self.sums)
-        totals = torch.stack([torch.as_tensor(self.sums[n], dtype=torch.float64) for n in names])
-        totals = parallel.all_sum(totals.to(parallel.device())).tolist()
+        device = parallel.device()
+        sums = [torch.as_tensor(self.sums[n], dtype=torch.float64, device=device) for n in names]
+        totals = parallel.all_sum(torch.stack(sums)).tolist()
         return {n: t / self.counts[n.partition("/")[0]] for n, t in zip(names, totals)}
 
 

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicLayer
 
 import gikernels
 from gikernels import TokenStats
@@ -169,7 +170,7 @@ def before_answer(sequences: Sequences) -> Tensor:
 
 def answer_states(body: nn.Module, sequences: Sequences) -> Tensor:
     """(n, D): the hidden states in front of the answers' tokens, in row order."""
-    if sequences.shared and not (body.training and body.gradient_checkpointing):
+    if sequences.shared and _keeps_plain_keys(body):
         prompts, padding = sequences.prompts_on_the_right()
         unique, row_of = torch.unique(prompts, dim=0, return_inverse=True)
         if 2 * len(unique) <= len(prompts):
@@ -178,6 +179,14 @@ def answer_states(body: nn.Module, sequences: Sequences) -> Tensor:
             )
     # the last token predicts nothing
     return last_hidden(body, sequences.tokens[:, :-1])[before_answer(sequences)]
+
+
+def _keeps_plain_keys(body: nn.Module) -> bool:
+    """Whether its cache can be split by rows: not with a sliding window or linear attention, and
+    there is no cache at all where activations are computed twice."""
+    if body.training and getattr(body, "gradient_checkpointing", False):
+        return False
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=body.config).layers)
 
 
 def _states_with_shared_prompts(

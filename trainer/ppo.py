@@ -107,9 +107,6 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
     with timer("experience"):
         t.normaliser.observe(raw["total"])
         scores = t.normaliser(raw["total"])
-        probs = t.groups.probs(forward.group_logits, prompts)
-        kl_coef = t.groups.kl_coefs(probs)
-        exp = estimate(config, forward, scores, mask, kl_coef, probs, samples)
         returns = performance(
             config.groups.performance,
             scores,
@@ -117,9 +114,11 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
             t.reference_scores.of(chosen, samples),
             t.normaliser.scale,
         )
+        probs = t.groups.observe(t.groups.probs(forward.group_logits, prompts), returns)
+        kl_coef = t.groups.kl_coefs(probs)
+        exp = estimate(config, forward, scores, mask, kl_coef, probs, samples)
         if config.groups.returns == "penalised":
             returns = returns - kl_coef * exp.seq_kl
-        t.groups.observe(probs, returns)
         labels = t.groups.labels(returns)
 
     batch, updates = Batch(sequences, mask, forward, exp, kl_coef, returns, labels), Averages()

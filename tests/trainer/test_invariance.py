@@ -165,8 +165,9 @@ def test_order_is_held_by_a_running_mean_and_swaps_are_counted():
     hard_first = torch.tensor([0.0] * 5 + [1.0] * 5)
 
     def see(returns):
-        g.observe(g.probs(logits, prompts(10)), returns)
-        return int(g.probs(logits, prompts(10)).argmax(1)[0])
+        ordered = g.observe(g.probs(logits, prompts(10)), returns)
+        assert torch.equal(ordered, g.probs(logits, prompts(10)))
+        return int(ordered.argmax(1)[0])
 
     assert see(hard_first) == 0 and g.swaps == 0
     assert see(1 - hard_first) == 0 and g.swaps == 0  # one batch the other way round is chance

@@ -160,3 +160,12 @@ def test_shared_prompts_change_neither_values_nor_gradients(base):
     ):
         plain = Sequences(some.tokens, some.prompt_lengths, some.lengths)
         torch.testing.assert_close(policy(some).logprobs, policy(plain).logprobs)
+
+
+def test_prompts_are_shared_where_the_cache_can_be_split(base):
+    config = tiny.config("unused")
+    body = models.load_policy(str(base.model("sft")), config).model.base_model
+    assert models._keeps_plain_keys(body)
+    body.config.layer_types = ["sliding_attention", "full_attention"]
+    body.config.sliding_window = 4
+    assert not models._keeps_plain_keys(body)

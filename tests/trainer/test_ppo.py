@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.trainer import tiny
 from trainer import experience, ppo
-from trainer.metrics import read_lines
+from trainer.metrics import RunFolder, final_table, read_lines
 from trainer.rollout import LogprobMismatch
 
 METRICS = {
@@ -31,10 +32,6 @@ def lines(run, stage="ppo"):
 
 @pytest.fixture(scope="module")
 def plain_run(base, tmp_path_factory):
-    import shutil
-
-    from trainer.metrics import RunFolder
-
     run = RunFolder(tmp_path_factory.mktemp("plain"))
     shutil.copytree(base.path / "models", run.path / "models")
     ppo.run(tiny.config(run.path), run)
@@ -258,9 +255,35 @@ def test_wrong_rollout_logprobs_stop_the_run(fresh, monkeypatch):
 def test_final_table(plain_run):
     from rich.console import Console
 
-    from trainer.metrics import final_table
-
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(final_table({"group-invariant": plain_run, "ppo": plain_run}))
     text = console.export_text()
     assert all(word in text for word in ("SFT", "group-invariant", "ppo", "worst domain", "copy"))
+
+
+# --- baselines ---
+
+
+def test_baselines_are_whole_runs_beside_the_main_one(fresh):
+    config, run = fresh("ppo.steps=1", "baselines={ppo: [groups.inference=none]}")
+    ppo.run(config, run)
+    other = run.baseline("ppo")
+    ours, theirs = lines(run)[0], lines(other)[0]
+    assert "group/1/score" in ours and "group/1/score" not in theirs
+    assert ours["objective/scores"] == theirs["objective/scores"]  # same models, prompts, seeds
+    assert (other.model("policy") / "model.safetensors").exists()
+
+
+def test_a_baseline_that_fails_is_told(fresh, monkeypatch):
+    config, run = fresh("ppo.steps=1", "baselines={ppo: [groups.inference=none]}")
+    monkeypatch.setattr(ppo.baselines.sys, "executable", shutil.which("false"))
+    monkeypatch.setattr(ppo, "train", lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"baseline ppo failed with code \d+ .*log.txt"):
+        ppo.run(config, run)
+
+
+def test_tensorboard_gets_every_figure(fresh):
+    pytest.importorskip("tensorboard")
+    config, run = fresh("ppo.steps=1", "trainer.log=[tensorboard]")
+    ppo.run(config, run)
+    assert list((run.path / "tensorboard").glob("events.*"))
