@@ -32,7 +32,11 @@ def running(config, run: RunFolder, resume: bool = False) -> Iterator[None]:
         yield
         for name in waiting:
             say(f"ppo    baseline {name}")
-            ppo.run(_inner(config, run, name, config.run.threads), run.baseline(name), resume)
+            inner, folder = _inner(config, run, name, config.run.threads), run.baseline(name)
+            if parallel.is_main():
+                folder.path.mkdir(parents=True, exist_ok=True)
+                folder.config.write_text(inner.to_yaml())
+            ppo.run(inner, folder, resume)
         return
     on_cpu = parallel.device().type == "cpu"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

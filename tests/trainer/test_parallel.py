@@ -1,15 +1,18 @@
 """On two ranks what one rank finds: losses, gradients, groups, metrics, models, resumed runs."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.trainer import children, tiny
 from tests.trainer.test_checkpoint import SMALL, assert_equal_runs, results
 from trainer import parallel, ppo
 from trainer.batching import shares
-from trainer.metrics import RunFolder
+from trainer.metrics import RunFolder, read_lines
 
 
 def test_shares_are_balanced_and_whole():
@@ -52,8 +55,9 @@ def gradients_of_an_iteration(models, output, overrides):
         ["ppo.prompts_per_step=16", "groups.inference=adversarial", "kl.estimator=exact"],
         # one sequence: the other rank has none
         ["ppo.prompts_per_step=1", "groups.inference=none", "model.gradient_checkpointing=true"],
+        ["trainer.replicas=2", "model.offload_reference=true", "ppo.kl_in_loss=true"],
     ],
-    ids=["exact", "adversarial", "empty rank"],
+    ids=["exact", "adversarial", "empty rank", "replicas"],
 )
 def test_gradients_and_metrics_do_not_depend_on_the_number_of_ranks(base, tmp_path, overrides):
     found = []
@@ -71,6 +75,43 @@ def test_gradients_and_metrics_do_not_depend_on_the_number_of_ranks(base, tmp_pa
     for name, value in metrics.items():
         if not name.startswith(("timing", "perf")):
             assert metrics2[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+
+
+def test_bfloat16_on_two_ranks(base, tmp_path):
+    """Masters and gradients stay float32; sampling sees the weights that training computes with."""
+    options = ["model.dtype=bfloat16", "rollout.logprob_bound=0.2", "ppo.prompts_per_step=8"]
+    arguments = (gradients_of_an_iteration, base.path / "models", tmp_path / "run", options)
+    assert children.run_ranks(2, *arguments) == [0, 0]
+    gradients, metrics = torch.load(tmp_path / "run" / "found")
+    assert all(each.isfinite().all() and each.norm() > 0 for each in gradients.values())
+    assert metrics["rollout/logprob_diff_max"] < 0.1
+
+
+def test_torchrun_goes_on_from_the_newest_checkpoint_when_a_rank_dies(tmp_path):
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import os, sys\n"
+        "from tests.trainer import children\n"
+        "from trainer.__main__ import main\n"
+        "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "    children.kill_at('sft', 3)\n"
+        "sys.exit(main())\n"
+    )
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    config = [*tiny.SMALL, *SMALL, "run.stages=[sft]", "trainer.progress=true"]
+    line = [sys.executable, *launch, "--standalone", script, "train", "toy", *config]
+    done = subprocess.run(
+        [*line, "--output", tmp_path / "run"], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gi: rank 1: another rank is gone" in done.stderr
+    assert "goes on from" in done.stdout and "step_2" in done.stdout
+    run = RunFolder(tmp_path / "run")
+    assert [line["step"] for line in read_lines(run.metrics)] == [1, 2, 3, 4, 5]
+    children.train([*SMALL, "run.stages=[sft]"], tmp_path / "one", ["sft"])
+    one = load_file(tmp_path / "one" / "models" / "sft" / "model.safetensors")
+    for name, tensor in load_file(run.model("sft") / "model.safetensors").items():
+        torch.testing.assert_close(tensor, one[name], atol=1e-4, rtol=1e-4)
 
 
 def test_killed_and_resumed_on_two_ranks_and_on_one(tmp_path):
