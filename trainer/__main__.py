@@ -168,7 +168,7 @@ def _check_folder(config: Config, command: str, resume: bool) -> None:
 def _execute(config: Config, command: str, stages: Sequence[str], resume: bool) -> None:
     import importlib
 
-    from trainer import checkpoint, parallel
+    from trainer import checkpoint, models, parallel
     from trainer.metrics import RunFolder, say
 
     if config.run.threads:
@@ -186,6 +186,7 @@ def _execute(config: Config, command: str, stages: Sequence[str], resume: bool) 
     if not resume:
         for stage in stages:  # else --resume would take an earlier run's stages for this one's
             checkpoint.forget(run, stage)
+    say(f"on {parallel.describe()}, {models.describe_attention(config)}")
     modules = {"sft": "sft", "rm": "reward", "ppo": "ppo", "eval": "evaluate"}
     for stage in stages:
         importlib.import_module(f"trainer.{modules[stage]}").run(config, run, resume)

@@ -87,6 +87,10 @@ class Model:
     """Precision of compute; the weights that are trained are kept in float32."""
     attention: str = "sdpa"
     """Attention of transformers: sdpa, eager, flash_attention_2 ..."""
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Sequences side by side in one row, without padding; auto: on a GPU. In place of attention."""
+    compile: bool = False
+    """torch.compile of each block: a slow start, for faster steps on a GPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     offload_reference: bool = False

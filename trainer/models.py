@@ -32,6 +32,7 @@ from transformers.cache_utils import DynamicLayer
 import gikernels
 from gikernels import TokenStats
 from trainer import parallel
+from trainer.attention import kernel, last_hidden, use_packed
 from trainer.batching import Sequences, micro_batches
 from trainer.config import ConfigError
 
@@ -111,7 +112,7 @@ class RewardModel(nn.Module):
         if not hasattr(self.model, "score"):
             seen = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(1)
             return self.model(tokens, attention_mask=seen.long()).logits[:, 0].float()
-        hidden = last_hidden(self.model.base_model, tokens)
+        hidden = last_hidden(self.model.base_model, tokens, lengths)
         if self.head == "last":
             return self.model.score(at(hidden, lengths - 1))[:, 0].float()
         places = torch.arange(tokens.shape[1], device=tokens.device)
@@ -147,7 +148,7 @@ class Critic(nn.Module):
             lengths = sequences.answer_lengths
             judged = states[lengths.cumsum(0) - lengths]  # in front of each answer's first token
         else:
-            hidden = last_hidden(self.body, sequences.tokens)
+            hidden = last_hidden(self.body, sequences.tokens, sequences.lengths)
             states = hidden[:, :-1][before_answer(sequences)]
             judged = at(hidden, sequences.lengths - 1)
         values = self.value_head(states)[:, 0].float()
@@ -155,10 +156,6 @@ class Critic(nn.Module):
 
 
 # --- shared by the models -----------------------------------------------------------------------
-
-
-def last_hidden(body: nn.Module, tokens: Tensor) -> Tensor:  # (s, L) -> (s, L, D)
-    return body(input_ids=tokens, use_cache=False).last_hidden_state
 
 
 def before_answer(sequences: Sequences) -> Tensor:
@@ -178,7 +175,8 @@ def answer_states(body: nn.Module, sequences: Sequences) -> Tensor:
                 body, sequences, prompts.clamp(min=0), padding, row_of
             )
     # the last token predicts nothing
-    return last_hidden(body, sequences.tokens[:, :-1])[before_answer(sequences)]
+    states = last_hidden(body, sequences.tokens[:, :-1], sequences.lengths - 1)
+    return states[before_answer(sequences)]
 
 
 def _keeps_plain_keys(body: nn.Module) -> bool:
@@ -411,6 +409,8 @@ def prepare(module: nn.Module, config, offload: bool = False) -> nn.Module:
             part.p = 0.0
         if isinstance(getattr(part, "attention_dropout", None), float):
             part.attention_dropout = 0.0
+    if packs(config):
+        use_packed(next(part for part in module.modules() if isinstance(part, PreTrainedModel)))
     if config.model.gradient_checkpointing:
         for part in module.modules():
             if isinstance(part, PreTrainedModel):
@@ -418,6 +418,19 @@ def prepare(module: nn.Module, config, offload: bool = False) -> nn.Module:
                 (enable or part.gradient_checkpointing_enable)()
                 break
     return parallel.place(module, config, offload).eval()
+
+
+def packs(config) -> bool:
+    """auto: on a GPU, where padding costs time; a CPU has small batches of like lengths anyway."""
+    wanted = {"on": True, "off": False}.get(config.model.packing)
+    return parallel.device().type == "cuda" if wanted is None else wanted
+
+
+def describe_attention(config) -> str:
+    if not packs(config):
+        return f"padded sequences, attention {config.model.attention}"
+    which = kernel(parallel.device().type, getattr(torch, config.model.dtype))
+    return f"packed sequences, attention {which}"
 
 
 def _load(auto, source: str, config, **options) -> PreTrainedModel:

@@ -44,6 +44,11 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
+def describe() -> str:
+    kind = torch.cuda.get_device_name() if device().type == "cuda" else "CPU"
+    return f"{world_size()} x {kind}" if world_size() > 1 else kind
+
+
 def is_main() -> bool:
     return rank() == 0
 
@@ -151,6 +156,9 @@ def place(module: nn.Module, config, offload: bool = False) -> nn.Module:
     theirs on the meta device. Buffers that no checkpoint holds, such as rotary frequencies, are
     among them: `to_empty` would leave them uninitialised without a word.
     """
+    if config.model.compile:
+        for block in blocks(module):
+            block.compile()
     if world_size() == 1:
         return module.to(device())
     half = torch.bfloat16 if config.model.dtype == "bfloat16" else None
@@ -164,10 +172,8 @@ def place(module: nn.Module, config, offload: bool = False) -> nn.Module:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=home.type == "cuda")
         home = torch.device("cpu")
     weights = {name: p.detach() for name, p in module.named_parameters()} if is_main() else {}
-    parts = list(module.modules())
-    blocks = {kind for part in parts for kind in getattr(part, "_no_split_modules", None) or ()}
-    for part in [part for part in parts if type(part).__name__ in blocks]:
-        fully_shard(part, **options)
+    for block in blocks(module):
+        fully_shard(block, **options)
     fully_shard(module, **options)
     if any(x.is_meta for x in [*module.parameters(), *module.buffers()]):
         module.to_empty(device=home)
@@ -189,6 +195,13 @@ def place(module: nn.Module, config, offload: bool = False) -> nn.Module:
             torch.distributed.broadcast(full, 0)
             buffer.copy_(full)
     return module
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The layers of its transformers, which transformers never splits between devices."""
+    parts = list(module.modules())
+    kinds = {kind for part in parts for kind in getattr(part, "_no_split_modules", None) or ()}
+    return [part for part in parts if type(part).__name__ in kinds]
 
 
 def whole(p: Tensor) -> Tensor:

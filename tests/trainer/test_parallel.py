@@ -55,7 +55,7 @@ def gradients_of_an_iteration(models, output, overrides):
         ["ppo.prompts_per_step=16", "groups.inference=adversarial", "kl.estimator=exact"],
         # one sequence: the other rank has none
         ["ppo.prompts_per_step=1", "groups.inference=none", "model.gradient_checkpointing=true"],
-        ["trainer.replicas=2", "model.offload_reference=true", "ppo.kl_in_loss=true"],
+        ["trainer.replicas=2", "model.offload_reference=true", "model.packing=on"],
     ],
     ids=["exact", "adversarial", "empty rank", "replicas"],
 )

@@ -185,6 +185,7 @@ def test_beta_zero_leaves_adaptive_kl_and_the_other_way_round(fresh):
         ["groups.objective=sequence_variance", "ppo.norm=group", "ppo.dual_clip=3"],
         ["model.dtype=bfloat16", "rollout.logprob_bound=0.5", "model.gradient_checkpointing=true"],
         ["rollout.temperature=0.7", "ppo.value_clip=0", "reward.normalise=meanstd"],
+        ["model.packing=on", "groups.on=response"],
         ["ppo.advantages=group_norm", "ppo.samples_per_prompt=4", "ppo.prompts_per_step=8"],
         ["ppo.advantages=leave_one_out", "ppo.samples_per_prompt=2", "groups.inference=none"],
     ],
