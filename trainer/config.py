@@ -622,7 +622,9 @@ class Trainer:
     replicas: int = 1
     """Whole copies of each model, every one sharded over ranks / replicas (HSDP): one a node."""
     profile: bool = False
-    """Write a torch profiler trace of a few steps."""
+    """Write a torch profiler trace and a memory timeline of a few steps, into profile/."""
+    profile_steps: tuple[int, ...] = (2, 3)
+    """Which steps of each stage are profiled."""
     save_every: int = 50
     """Steps between checkpoints; 0: none but on SIGTERM. The final model is always saved."""
     keep_last: int = 2
@@ -777,6 +779,7 @@ def differences(ours: Config, theirs: Config) -> list[str]:
         "trainer.progress",
         "trainer.log",
         "trainer.profile",
+        "trainer.profile_steps",
         "trainer.save_every",
         "trainer.keep_last",
         "trainer.best",

@@ -222,11 +222,13 @@ class Timer:
 
     def metrics(self, tokens: int) -> dict[str, float]:
         whole = time.perf_counter() - self.start
+        other = whole - sum(self.seconds.values())
         return {
             "perf/step_seconds": whole,
             "perf/tokens_per_second": tokens / whole,
             "perf/peak_memory_bytes": parallel.peak_memory_bytes(),
             **{f"timing/{phase}": seconds for phase, seconds in self.seconds.items()},
+            "timing/other": other,
         }
 
 

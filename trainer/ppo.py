@@ -31,6 +31,7 @@ from trainer.invariance import Groups, performance
 from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, final_table, progress, say
 from trainer.models import Critic, Policy
 from trainer.optim import Optimizer
+from trainer.profiling import profiled
 from trainer.rollout import Engine, check_logprobs, make_engine
 from trainer.scoring import Normaliser, Scorer
 
@@ -60,7 +61,8 @@ def train(config, run: RunFolder, resume: bool = False) -> None:
             metrics, _ = t.evaluator(t.policy)
             log.write("eval", 0, metrics, policy="sft")
         while t.state.step < config.ppo.steps:
-            metrics = iteration(t, t.state.step)
+            with profiled(config, run, "ppo", t.state.step + 1):
+                metrics = iteration(t, t.state.step)
             t.state.step += 1
             log.write("ppo", t.state.step, metrics)
             show(headline(metrics))

@@ -21,6 +21,7 @@ from trainer.data import DataError, Pair, load_pairs
 from trainer.faults import Guard
 from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, progress, say
 from trainer.optim import Optimizer
+from trainer.profiling import profiled
 from trainer.rollout import make_engine
 
 
@@ -58,9 +59,11 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
     ):
         while state.step < settings.steps:
             timer, averages = Timer(), Averages()
-            batch = [pairs[i] for i in batch_indices(len(pairs), settings.batch, state.step, seed)]
-            with timer("train"):
+            with timer("data"):
+                chosen = batch_indices(len(pairs), settings.batch, state.step, seed)
+                batch = [pairs[i] for i in chosen]
                 sequences = both_answers(batch, tokenizer.pad_token_id)
+            with timer("train"), profiled(config, run, "rm", state.step + 1):
                 for rows, weight in pair_pieces(sequences, config.trainer.tokens_per_microbatch):
                     both = sequences.rows(torch.cat([rows, rows + len(batch)]))
                     with parallel.autocast(config.model.dtype):
@@ -73,8 +76,8 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
                 norm = optimizer.step(state.step, averages.open["rm/loss"])
                 averages.add("rm", {"grad_norm": norm / parallel.world_size()})
                 averages.update("rm")
+                metrics = averages.means()
             state.step += 1
-            metrics = averages.means()
             metrics["rm/lr"] = settings.lr * optimizer.factor(state.step - 1)
             metrics["guard/skipped"] = guard.skipped
             metrics.update(timer.metrics(int(sequences.lengths.sum())))

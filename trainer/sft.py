@@ -9,6 +9,7 @@ from trainer.data import load_demonstrations
 from trainer.faults import Guard
 from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, progress, say
 from trainer.optim import Optimizer
+from trainer.profiling import profiled
 
 
 def run(config, run: RunFolder, resume: bool = False) -> None:
@@ -37,11 +38,11 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
     ):
         while state.step < settings.steps:
             timer, averages = Timer(), Averages()
-            chosen = batch_indices(len(demonstrations), settings.batch, state.step, seed, "sft")
             with timer("data"):
+                chosen = batch_indices(len(demonstrations), settings.batch, state.step, seed, "sft")
                 prompts, answers = zip(*(demonstrations[i] for i in chosen))
                 batch = Sequences.of(list(prompts), list(answers), tokenizer.pad_token_id)
-            with timer("train"):
+            with timer("train"), profiled(config, run, "sft", state.step + 1):
                 tokens = batch.answer_lengths.sum()
                 for rows, weight in batch.pieces(config.trainer.tokens_per_microbatch):
                     with parallel.autocast(config.model.dtype):
@@ -51,8 +52,8 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
                 norm = optimizer.step(state.step, averages.open["sft/loss"])
                 averages.add("sft", {"grad_norm": norm / parallel.world_size()})
                 averages.update("sft")
+                metrics = averages.means()
             state.step += 1
-            metrics = averages.means()
             metrics["sft/lr"] = settings.lr * optimizer.factor(state.step - 1)
             metrics["guard/skipped"] = guard.skipped
             metrics.update(timer.metrics(int(batch.lengths.sum())))
