@@ -180,6 +180,7 @@ def _execute(config: Config, command: str, stages: Sequence[str], resume: bool) 
         changed = settings.differences(config, settings.load(str(run.config)))
         if changed:
             say(f"goes on with other settings: {', '.join(changed)}")
+    parallel.barrier()  # every rank has read what is there
     if command != "eval" and parallel.is_main():
         run.path.mkdir(parents=True, exist_ok=True)
         run.config.write_text(config.to_yaml(), encoding="utf-8")

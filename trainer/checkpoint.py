@@ -195,7 +195,7 @@ class Checkpoints:
         with self._one_clear_error(step):
             writer = dcp.FileSystemWriter(aside, sync_files=True)
             if self.config.async_save:
-                group = parallel.cpu_group()
+                group = parallel.cpu_group("checkpoints")
                 future = dcp.async_save(state, storage_writer=writer, process_group=group)
                 self.background = (future, step, score)
             else:

@@ -120,8 +120,9 @@ def barrier() -> None:
 
 
 @functools.cache
-def cpu_group():
-    """For what is not on a GPU: small objects, checkpoints written in the background."""
+def cpu_group(use: str = "objects"):
+    """For what is not on a GPU. Each thread has to have one of its own: small objects between
+    steps, checkpoints that are written in the background."""
     if world_size() == 1:
         return None
     return torch.distributed.new_group(backend="gloo")

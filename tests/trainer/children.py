@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["tests.trainer.test_checkpoint", "trainer.ppo", "trainer.reward"])
@@ -17,10 +18,20 @@ def start(function, *arguments):
 
 def run(function, *arguments) -> int:
     """Exit code; -9 for one that was killed."""
-    process = start(function, *arguments)
-    process.join(120)
-    assert process.exitcode is not None, "hangs"
-    return process.exitcode
+    return wait([start(function, *arguments)])[0]
+
+
+def wait(processes, seconds=90) -> list[int]:
+    """Their exit codes; whoever hangs is killed."""
+    until = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0, until - time.monotonic()))
+    hang = [process.exitcode is None for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    assert not any(hang), f"hang: {hang}"
+    return [process.exitcode for process in processes]
 
 
 def _run(function, *arguments):
@@ -30,8 +41,8 @@ def _run(function, *arguments):
     function(*arguments)
 
 
-def kill_at(stage, step):
-    """This process dies, as by kill -9, when this line of metrics.jsonl has been written."""
+def kill_at(stage, step, number=signal.SIGKILL, rank=0):
+    """This process gets a signal, of kill -9, when this line of metrics.jsonl has been written."""
     from trainer import parallel
     from trainer.metrics import MetricsLog
 
@@ -39,8 +50,8 @@ def kill_at(stage, step):
 
     def write_and_die(self, of, at, *arguments, **labels):
         write(self, of, at, *arguments, **labels)
-        if (of, at) == (stage, step) and parallel.is_main():
-            os.kill(os.getpid(), signal.SIGKILL)
+        if (of, at) == (stage, step) and parallel.rank() == rank:
+            os.kill(os.getpid(), number)
 
     MetricsLog.write = write_and_die
 
@@ -75,11 +86,7 @@ def ranks(count, function, *arguments):
 
 
 def run_ranks(count, function, *arguments) -> list[int]:
-    processes = ranks(count, function, *arguments)
-    for process in processes:
-        process.join(240)
-        assert process.exitcode is not None, "hangs"
-    return [process.exitcode for process in processes]
+    return wait(ranks(count, function, *arguments))
 
 
 def _as_rank(rank, count, port, function, *arguments):

@@ -1,6 +1,7 @@
 """On two ranks what one rank finds: losses, gradients, groups, metrics, models, resumed runs."""
 
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -12,7 +13,10 @@ from tests.trainer import children, tiny
 from tests.trainer.test_checkpoint import SMALL, assert_equal_runs, results
 from trainer import parallel, ppo
 from trainer.batching import shares
+from trainer.checkpoint import steps_in
+from trainer.faults import Guard
 from trainer.metrics import RunFolder, read_lines
+from trainer.optim import Optimizer
 
 
 def test_shares_are_balanced_and_whole():
@@ -77,6 +81,33 @@ def test_gradients_and_metrics_do_not_depend_on_the_number_of_ranks(base, tmp_pa
             assert metrics2[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
 
 
+def one_rank_meets_nan():
+    p = torch.nn.Parameter(torch.ones(3))
+    guard = Guard(limit=2)
+    optimizer = Optimizer([(0.1, [p])], guard=guard, name="policy")
+    for step, bad in enumerate([False, True, False]):
+        p.grad = torch.ones(3)
+        before = p.detach().clone()
+        loss = torch.nan if bad and parallel.rank() == 1 else 1.0
+        optimizer.step(step, torch.tensor(loss))
+        assert torch.equal(before, p) == bad
+        assert guard.step_is_over("ppo", step) != bad
+    assert guard.skipped == 1
+
+
+def test_what_is_not_finite_on_one_rank_is_skipped_on_all():
+    assert children.run_ranks(2, one_rank_meets_nan) == [0, 0]
+
+
+def test_sigterm_to_one_rank_is_obeyed_by_all_after_the_step(tmp_path):
+    stop = ("sft", 2, signal.SIGTERM, 1)
+    options = [*SMALL, "trainer.save_every=0"]
+    codes = children.run_ranks(2, children.train, options, tmp_path, ["sft"], False, stop)
+    assert codes == [1, 1]  # an exception here; on the command line it is one line and code 143
+    assert list(steps_in(RunFolder(tmp_path).checkpoints("sft"))) == [2]
+    assert [line["step"] for line in read_lines(RunFolder(tmp_path).metrics)] == [1, 2]
+
+
 def test_bfloat16_on_two_ranks(base, tmp_path):
     """Masters and gradients stay float32; sampling sees the weights that training computes with."""
     options = ["model.dtype=bfloat16", "rollout.logprob_bound=0.2", "ppo.prompts_per_step=8"]
@@ -119,7 +150,8 @@ def test_killed_and_resumed_on_two_ranks_and_on_one(tmp_path):
     whole, broken, fewer = (tmp_path / name for name in ("whole", "broken", "fewer"))
     stages = ("sft", "reward", "ppo")
     assert children.run_ranks(2, children.train, options, whole, stages) == [0, 0]
-    codes = children.run_ranks(2, children.train, options, broken, stages, False, ("ppo", 3))
+    in_background = [*options, "trainer.async_save=true"]
+    codes = children.run_ranks(2, children.train, in_background, broken, stages, False, ("ppo", 4))
     assert codes[0] == -9 and codes[1] not in (0, -9)  # the other ends by itself
     shutil.copytree(broken, fewer)
     assert children.run_ranks(2, children.train, options, broken, stages, True) == [0, 0]
