@@ -43,7 +43,7 @@ gi report runs/toy runs/b0                     the two side by side
 STAGES = ("sft", "rm", "ppo", "metarm")
 COMMANDS = ("train", *STAGES, "eval", "report", "doctor", "keys")
 NOT_THERE_YET = ("metarm",)
-RESUMABLE: tuple[str, ...] = ()
+RESUMABLE = ("sft", "rm", "ppo")
 """Stages that can go on from a checkpoint."""
 
 
@@ -71,9 +71,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # ConfigError, DataError, RewardError and UsageError are one line for a person to read;
         # any other error is a bug and shows where it comes from.
         if getattr(error, "for_user", False):
-            print(f"gi: {error}", file=sys.stderr)
-            return 2
+            _tell(str(error))
+            return getattr(error, "code", 2)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from trainer import faults
+
+            if lost := faults.lost_rank(error):
+                print(f"gi: {lost}", file=sys.stderr)
+                return 1
         raise
+
+
+def _tell(error: str) -> None:
+    """Once, for every rank has met it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"gi: {error}", file=sys.stderr)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -109,16 +121,21 @@ def _run(args: argparse.Namespace) -> int:
         overrides.append(f"run.output={args.output}")
     config = settings.load(args.config, overrides)
     stages = config.run.stages if args.command == "train" else (args.command,)
-    _refuse_what_is_missing(config, stages, args.resume)
+    # torchrun starts a fallen run again with the same words: it goes on, and not from the start.
+    resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    _refuse_what_is_missing(config, stages, resume)
 
-    from trainer import plan
+    from trainer import parallel, plan
 
+    parallel.start()
     checked = plan.check(config, stages, dry_run=args.dry_run)
-    _check_folder(config, args.command, args.resume)
+    _check_folder(config, args.command, resume)
     if args.dry_run:
-        print(plan.describe(config, stages, checked))
-        return 0
-    _execute(config, args.command, stages, args.resume)
+        if parallel.is_main():
+            print(plan.describe(config, stages, checked))
+    else:
+        _execute(config, args.command, stages, resume)
+    parallel.stop()
     return 0
 
 
@@ -129,8 +146,6 @@ def _refuse_what_is_missing(config: Config, stages: Sequence[str], resume: bool)
             raise UsageError(f"stage {stage} is not there yet")
     if resume and not set(stages) <= set(RESUMABLE):
         raise UsageError(f"--resume is not there yet for {', '.join(stages)}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("training on several ranks is not there yet: start one process")
 
 
 def _check_folder(config: Config, command: str, resume: bool) -> None:
@@ -153,7 +168,7 @@ def _check_folder(config: Config, command: str, resume: bool) -> None:
 def _execute(config: Config, command: str, stages: Sequence[str], resume: bool) -> None:
     import importlib
 
-    from trainer import parallel
+    from trainer import checkpoint, models, parallel
     from trainer.metrics import RunFolder, say
 
     if config.run.threads:
@@ -161,9 +176,18 @@ def _execute(config: Config, command: str, stages: Sequence[str], resume: bool) 
 
         torch.set_num_threads(config.run.threads)
     run = RunFolder(config.run.output)
+    if resume and run.config.is_file():
+        changed = settings.differences(config, settings.load(str(run.config)))
+        if changed:
+            say(f"goes on with other settings: {', '.join(changed)}")
+    parallel.barrier()  # every rank has read what is there
     if command != "eval" and parallel.is_main():
         run.path.mkdir(parents=True, exist_ok=True)
         run.config.write_text(config.to_yaml(), encoding="utf-8")
+    if not resume:
+        for stage in stages:  # else --resume would take an earlier run's stages for this one's
+            checkpoint.forget(run, stage)
+    say(f"on {parallel.describe()}, {models.describe_attention(config)}")
     modules = {"sft": "sft", "rm": "reward", "ppo": "ppo", "eval": "evaluate"}
     for stage in stages:
         importlib.import_module(f"trainer.{modules[stage]}").run(config, run, resume)

@@ -20,11 +20,23 @@ from trainer.metrics import RunFolder, say
 
 
 @contextmanager
-def running(config, run: RunFolder) -> Iterator[None]:
+def running(config, run: RunFolder, resume: bool = False) -> Iterator[None]:
     """The main run's PPO goes inside; on leaving, all baselines have ended."""
-    waiting = list(config.baselines) if parallel.is_main() else []
+    waiting = list(config.baselines)
     if not waiting:
         yield
+        return
+    if parallel.world_size() > 1:  # all ranks are needed for one run
+        from trainer import ppo
+
+        yield
+        for name in waiting:
+            say(f"ppo    baseline {name}")
+            inner, folder = _inner(config, run, name, config.run.threads), run.baseline(name)
+            if parallel.is_main():
+                folder.path.mkdir(parents=True, exist_ok=True)
+                folder.config.write_text(inner.to_yaml())
+            ppo.run(inner, folder, resume)
         return
     on_cpu = parallel.device().type == "cpu"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -35,7 +47,7 @@ def running(config, run: RunFolder) -> Iterator[None]:
     try:
         for _ in range(at_once):
             name = waiting.pop(0)
-            started[name] = _start(config, run, name, threads)
+            started[name] = _start(config, run, name, threads, resume)
         if at_once:
             torch.set_num_threads(threads)
         yield
@@ -43,7 +55,7 @@ def running(config, run: RunFolder) -> Iterator[None]:
         while started or waiting:
             if not started:
                 name = waiting.pop(0)
-                started[name] = _start(config, run, name, cores if on_cpu else 0)
+                started[name] = _start(config, run, name, cores if on_cpu else 0, resume)
             for name, process in list(started.items()):
                 say(f"ppo    waiting for baseline {name}")
                 _finish(run, name, process)
@@ -54,30 +66,33 @@ def running(config, run: RunFolder) -> Iterator[None]:
             process.terminate()
 
 
-def _start(config, run: RunFolder, name: str, threads: int) -> subprocess.Popen:
+def _start(config, run: RunFolder, name: str, threads: int, resume: bool) -> subprocess.Popen:
     folder = run.baseline(name)
     folder.path.mkdir(parents=True, exist_ok=True)
+    folder.config.write_text(_inner(config, run, name, threads).to_yaml())
+    environment = dict(os.environ, OMP_NUM_THREADS=str(threads)) if threads else os.environ
+    flags = ["--resume"] if resume else []
+    with folder.log_file().open("a" if resume else "w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "trainer", "ppo", str(folder.config), *flags],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+
+
+def _inner(config, run: RunFolder, name: str, threads: int):
     inner = config.baseline(name)
-    inner = dataclasses.replace(
+    output = str(run.baseline(name).path)
+    return dataclasses.replace(
         inner,
-        run=dataclasses.replace(
-            inner.run, stages=("ppo",), output=str(folder.path), threads=threads
-        ),
+        run=dataclasses.replace(inner.run, stages=("ppo",), output=output, threads=threads),
         model=dataclasses.replace(
             inner.model,
             policy=models.policy_source(config, run),
             reward=models.reward_source(config, run) if config.reward.model_weight else "",
         ),
     )
-    folder.config.write_text(inner.to_yaml())
-    environment = dict(os.environ, OMP_NUM_THREADS=str(threads)) if threads else os.environ
-    with folder.log_file().open("w") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "trainer", "ppo", str(folder.config)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
 
 
 def _finish(run: RunFolder, name: str, process: subprocess.Popen) -> None:

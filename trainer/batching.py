@@ -6,9 +6,11 @@ needed. S sequences, L padded tokens, T padded answer tokens.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +69,12 @@ class Sequences:
             batches[-1].append(row)
         return [torch.tensor(batch, device=same.device) for batch in batches]
 
+    def pieces(self, budget: int) -> list[Piece]:
+        """This rank's micro-batches; see `pieces`."""
+        if parallel.world_size() == 1:
+            return [Piece(rows, 1) for rows in self.micro_batches(budget)]
+        return pieces(self.lengths, budget)
+
     def prompts_on_the_right(self) -> tuple[Tensor, Tensor]:
         """(S, P) prompts padded on the left with -1, and where the padding is."""
         longest = int(self.prompt_lengths.max())
@@ -123,6 +131,38 @@ def micro_batches(lengths: Tensor, budget: int) -> list[Tensor]:
     return batches
 
 
+class Piece(NamedTuple):
+    rows: Tensor
+    weight: int  # 1; or 0 for what only keeps the other ranks company
+
+
+def pieces(lengths: Tensor, budget: int) -> list[Piece]:
+    """This rank's micro-batches. Every rank has equally many, for each forward and backward of a
+    sharded model is a collective: a rank that runs out computes on a sequence of another's with
+    weight 0."""
+    ranks = parallel.world_size()
+    if ranks == 1:
+        return [Piece(rows, 1) for rows in micro_batches(lengths, budget)]
+    cut = []
+    for rows in shares(lengths.tolist(), ranks):
+        rows = torch.tensor(rows, dtype=torch.long, device=lengths.device)
+        cut.append([rows[some] for some in micro_batches(lengths[rows], budget)])
+    most, mine = max(map(len, cut)), cut[parallel.rank()]
+    company = Piece(lengths.argmin().view(1), 0)
+    return [Piece(rows, 1) for rows in mine] + [company] * (most - len(mine))
+
+
+def shares(lengths: list[int], ranks: int) -> list[list[int]]:
+    """Indices for each rank, with about as many tokens: the longest first, to whom has fewest."""
+    out: list[list[int]] = [[] for _ in range(ranks)]
+    load = [(0, rank) for rank in range(ranks)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        tokens, rank = heapq.heappop(load)
+        out[rank].append(i)
+        heapq.heappush(load, (tokens + lengths[i], rank))
+    return out
+
+
 def minibatches(
     count: int, parts: int, generator: torch.Generator, samples: int = 1
 ) -> Iterator[Tensor]:
@@ -139,23 +179,25 @@ def minibatches(
 def forward_all(
     module: Callable[[Sequences], tuple[Tensor, ...]], sequences: Sequences, budget: int
 ) -> tuple[Tensor, ...]:
-    """module(sequences) without gradients, in micro-batches, put together again.
+    """module(sequences) without gradients, in micro-batches over all ranks, put together again.
 
     The module returns tensors (s, T) over answer tokens, or (s) or (s, M); T may be shorter for
     some micro-batches, and what they leave out is padding.
     """
     with torch.no_grad():
-        pieces = [(rows, module(sequences.rows(rows))) for rows in sequences.micro_batches(budget)]
+        parts = [(piece, module(sequences.rows(piece.rows))) for piece in sequences.pieces(budget)]
+        columns = list(zip(*(outputs for _, outputs in parts)))
+        widths = [max(x.shape[1] if x.dim() > 1 else 0 for x in column) for column in columns]
         outputs = []
-        for column in zip(*(parts for _, parts in pieces)):
-            widest = max(column, key=lambda part: part.shape[1] if part.dim() > 1 else 0)
-            out = widest.new_zeros(len(sequences), *widest.shape[1:])
-            for (rows, _), part in zip(pieces, column):
-                if part.dim() > 1:
-                    out[rows, : part.shape[1]] = part
-                else:
-                    out[rows] = part
-            outputs.append(out)
+        for column, width in zip(columns, parallel.all_max(widths)):
+            shape = (len(sequences), width) if column[0].dim() > 1 else (len(sequences),)
+            out = column[0].new_zeros(shape)
+            for (piece, _), x in zip(parts, column):
+                if piece.weight and x.dim() > 1:
+                    out[piece.rows, : x.shape[1]] = x
+                elif piece.weight:
+                    out[piece.rows] = x
+            outputs.append(parallel.all_sum(out))
     return tuple(outputs)
 
 

@@ -87,8 +87,14 @@ class Model:
     """Precision of compute; the weights that are trained are kept in float32."""
     attention: str = "sdpa"
     """Attention of transformers: sdpa, eager, flash_attention_2 ..."""
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Sequences side by side in one row, without padding; auto: on a GPU. In place of attention."""
+    compile: bool = False
+    """torch.compile of each block: a slow start, for faster steps on a GPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    offload_reference: bool = False
+    """Keep the reference policy's shards in the CPU's memory (with several ranks)."""
     trust_remote_code: bool = False
     """Let transformers run code that comes with a model."""
 
@@ -610,12 +616,22 @@ class Eval:
 class Trainer:
     tokens_per_microbatch: int = 8192
     """Tokens in one forward and backward, in every stage: memory and speed, never the result."""
+    replicas: int = 1
+    """Whole copies of each model, every one sharded over ranks / replicas (HSDP): one a node."""
     profile: bool = False
-    """Write a torch profiler trace of a few steps."""
-    save_every: int = 0
-    """Steps between checkpoints; 0: only a stage's final model."""
+    """Write a torch profiler trace and a memory timeline of a few steps, into profile/."""
+    profile_steps: tuple[int, ...] = (2, 3)
+    """Which steps of each stage are profiled."""
+    save_every: int = 50
+    """Steps between checkpoints; 0: none but on SIGTERM. The final model is always saved."""
     keep_last: int = 2
-    """Checkpoints that are kept."""
+    """Newest checkpoints that are kept."""
+    best: tuple[str, ...] = ("eval/proxy", "rm/validation_accuracy")
+    """Metrics whose highest value marks the best checkpoint, kept as well; of those with one."""
+    async_save: bool = False
+    """Write checkpoints in the background: no waiting, for one more copy of the state in memory."""
+    max_skipped: int = 5
+    """The run stops after this many steps in a row with a NaN or infinite loss or gradient."""
     log: tuple[str, ...] = ()
     """Beside metrics.jsonl: tensorboard, wandb."""
     progress: bool = True
@@ -630,6 +646,8 @@ class Trainer:
         )
         _want(self.save_every >= 0, "trainer.save_every", self.save_every, "0 or more")
         _want(self.keep_last > 0, "trainer.keep_last", self.keep_last, "1 or more")
+        _want(self.replicas > 0, "trainer.replicas", self.replicas, "1 or more")
+        _want(self.max_skipped > 0, "trainer.max_skipped", self.max_skipped, "1 or more")
         for sink in self.log:
             known = ("tensorboard", "wandb")
             _want(sink in known, "trainer.log", sink, _choices(sink, known))
@@ -758,6 +776,12 @@ def differences(ours: Config, theirs: Config) -> list[str]:
         "trainer.progress",
         "trainer.log",
         "trainer.profile",
+        "trainer.profile_steps",
+        "trainer.save_every",
+        "trainer.keep_last",
+        "trainer.best",
+        "trainer.async_save",
+        "trainer.max_skipped",
     )
     a, b = flat(ours.to_dict()), flat(theirs.to_dict())
     return [

@@ -5,6 +5,7 @@ S sequences, T padded answer tokens. Every tensor here is a constant to autograd
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -35,8 +36,9 @@ def forward_models(
     exact = config.kl.estimator == "exact"
 
     def policy_and_reference(batch: Sequences) -> tuple[Tensor, ...]:
-        ours = policy(batch, temperature, reference if exact else None)
         theirs = reference(batch, temperature)
+        with parallel.unsharded(reference) if exact else contextlib.nullcontext():
+            ours = policy(batch, temperature, reference if exact else None)
         return (ours.logprobs, ours.entropy, theirs.logprobs) + ((ours.kl,) if exact else ())
 
     with parallel.autocast(config.model.dtype):
@@ -105,11 +107,9 @@ def estimate(
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over the unmasked tokens of all ranks."""
+    """1 - Var(returns - values) / Var(returns) over the unmasked tokens."""
 
     def spread(x: Tensor) -> Tensor:
-        count, total = parallel.all_sum([mask.sum().double(), x[mask].double().sum()])
-        squares = parallel.all_sum((x[mask].double() - total / count).square().sum())
-        return squares
+        return (x[mask].double() - x[mask].double().mean()).square().sum()
 
     return float(1 - spread(returns - values) / spread(returns).clamp(min=1e-12))

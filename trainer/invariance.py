@@ -128,22 +128,20 @@ class Groups:
     # --- stage 1: the head ---
 
     def labels(self, performance: Tensor) -> Tensor | None:
-        """(S) targets of the head: the exact partition of all ranks' performance, or None.
+        """(S) targets of the head: the exact partition of the performance, or None.
 
         None where there is nothing to predict: fewer distinct values than groups, as happens when
         every answer of a batch beats every reference answer.
         """
         if self.inference != "exact":
             return None
-        everyone = parallel.all_gather(performance)
-        if len(everyone.unique()) < self.num:
+        if len(performance.unique()) < self.num:
             return None
         try:
-            ids = gikernels.partition(everyone, self.num, min_size=self.config.min_size).group_ids
+            min_size = self.config.min_size
+            return gikernels.partition(performance, self.num, min_size=min_size).group_ids.long()
         except ValueError:  # ties leave no cut with min_size on each side
             return None
-        mine = slice(parallel.rank() * len(performance), (parallel.rank() + 1) * len(performance))
-        return ids[mine].long()
 
     def head_loss(
         self, labels: Tensor | None, performance: Tensor, logits_now: Callable[[], Tensor]
@@ -158,7 +156,7 @@ class Groups:
             if labels is None:
                 return lambda logits, rows: logits.sum() * 0
             # Weighted to balance the masses: else a rare hard group is never predicted.
-            counts = parallel.all_sum(torch.bincount(labels, minlength=self.num).float())
+            counts = torch.bincount(labels, minlength=self.num).float()
             weight = counts.sum() / (self.num * counts.clamp(min=1))
             share = self.config.critic_beta / counts.sum()
 
@@ -169,9 +167,7 @@ class Groups:
 
         logits = logits_now().detach().requires_grad_()
         with torch.enable_grad():
-            soft = gikernels.soft_groups(
-                logits, performance, form=self.config.form, reduce=parallel.all_sum
-            )
+            soft = gikernels.soft_groups(logits, performance, form=self.config.form)
             entropy = -(soft.mass * soft.mass.clamp(min=1e-12).log()).sum()
             loss = -soft.variance + self.config.balance * (math.log(self.num) - entropy)
             (pull,) = torch.autograd.grad(self.config.critic_beta * loss, logits)
@@ -184,14 +180,13 @@ class Groups:
         config = self.config
         low, high = config.clamp
         if config.objective == "cvar":
-            everyone = parallel.all_gather(performance)
-            worst = max(1, math.ceil(config.cvar_alpha * len(everyone)))
-            bound = everyone.kthvalue(worst).values
+            worst = max(1, math.ceil(config.cvar_alpha * len(performance)))
+            bound = performance.kthvalue(worst).values
             return (performance <= bound).float() / config.cvar_alpha
         if config.objective == "sequence_variance":
             # M = S, each sequence its own group of mass 1 / S: both forms give this.
-            mean = parallel.all_gather(performance).mean()
-            return (1 - 2 * config.beta * (performance - mean)).clamp(low, high)
+            from_mean = performance - performance.mean()
+            return (1 - 2 * config.beta * from_mean).clamp(low, high)
         if config.objective == "group_dro":
             self.dro = self.dro * torch.exp(-config.dro_lr * group_means(probs, performance))
             self.dro = self.dro / self.dro.sum()
@@ -199,12 +194,7 @@ class Groups:
         if config.beta == 0 or self.num == 1:  # exactly 1, and not 1 up to rounding
             return torch.ones_like(performance)
         return gikernels.group_weights(
-            probs,
-            performance,
-            config.beta,
-            form=config.form,
-            clamp=(low, high),
-            reduce=parallel.all_sum,
+            probs, performance, config.beta, form=config.form, clamp=(low, high)
         )
 
     # --- adaptive KL ---
@@ -258,7 +248,7 @@ class Groups:
             "group/variance": float((mass * (returns - mass @ returns).square()).sum()),
             "group/worst": float(columns["score"].min()),
             "group/label_swaps": self.swaps,
-            "group/weight_clamped": float(parallel.all_gather(clamped).mean()),
+            "group/weight_clamped": float(clamped.mean()),
         }
 
     def state_dict(self) -> dict:
@@ -271,16 +261,14 @@ class Groups:
 
 
 def group_means(probs: Tensor, values: Tensor) -> Tensor:
-    """sum_i p_ig v_i / sum_i p_ig over all ranks: (S, M), (S) -> (M); (S, 1), (S, K) -> (K).
+    """sum_i p_ig v_i / sum_i p_ig: (S, M), (S) -> (M); (S, 1), (S, K) -> (K).
 
     A group that nobody is in takes the mean of all.
     """
     p, v = probs.double(), values.double()
     v = v if v.dim() > 1 else v.unsqueeze(1)
-    mass, sums, whole, count = parallel.all_sum(
-        [p.sum(0), (p * v).sum(0), v.sum(0), p.new_tensor(float(len(p)))]
-    )
-    means = torch.where(mass > 0, sums / mass.clamp(min=1e-300), whole / count)
+    mass = p.sum(0)
+    means = torch.where(mass > 0, (p * v).sum(0) / mass.clamp(min=1e-300), v.mean(0))
     return means.float()
 
 

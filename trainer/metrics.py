@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -107,6 +108,17 @@ class MetricsLog:
         self.files[name].write(json.dumps(line) + "\n")
         self.files[name].flush()
 
+    def sync(self) -> None:
+        """Onto the disk, before a checkpoint that counts on it."""
+        for file in self.files.values():
+            os.fsync(file.fileno())
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         for file in self.files.values():
             file.close()
@@ -169,16 +181,19 @@ class Averages:
     """Means over the updates of a step; what is added is already a global mean of its own."""
 
     def __init__(self) -> None:
+        self.open: dict[str, Any] = defaultdict(float)  # of the update that is under way
         self.sums: dict[str, Any] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
 
     def add(self, prefix: str, values: Mapping[str, Any]) -> None:
         """Sums of one update, to which its micro-batches add: close it with `update`."""
         for name, value in values.items():
-            self.sums[f"{prefix}/{name}"] += value.detach() if torch.is_tensor(value) else value
+            self.open[f"{prefix}/{name}"] += value.detach() if torch.is_tensor(value) else value
 
     def update(self, prefix: str) -> None:
         self.counts[prefix] += 1
+        for name in [name for name in self.open if name.startswith(f"{prefix}/")]:
+            self.sums[name] += self.open.pop(name)
 
     def means(self) -> dict[str, float]:
         names = list(self.sums)
@@ -207,11 +222,13 @@ class Timer:
 
     def metrics(self, tokens: int) -> dict[str, float]:
         whole = time.perf_counter() - self.start
+        other = whole - sum(self.seconds.values())
         return {
             "perf/step_seconds": whole,
             "perf/tokens_per_second": tokens / whole,
             "perf/peak_memory_bytes": parallel.peak_memory_bytes(),
             **{f"timing/{phase}": seconds for phase, seconds in self.seconds.items()},
+            "timing/other": other,
         }
 
 

@@ -9,7 +9,8 @@ vocabulary, n answer tokens in all.
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,10 +18,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DynamicCache,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -29,6 +32,7 @@ from transformers.cache_utils import DynamicLayer
 import gikernels
 from gikernels import TokenStats
 from trainer import parallel
+from trainer.attention import kernel, last_hidden, use_packed
 from trainer.batching import Sequences, micro_batches
 from trainer.config import ConfigError
 
@@ -80,9 +84,7 @@ class Policy(nn.Module):
         return self.model.get_output_embeddings()
 
     def save(self, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        with quietly():
-            self.model.save_pretrained(path)
-            tokenizer.save_pretrained(path)
+        save_pretrained(self.model, path, tokenizer)
 
 
 class RewardModel(nn.Module):
@@ -110,7 +112,7 @@ class RewardModel(nn.Module):
         if not hasattr(self.model, "score"):
             seen = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(1)
             return self.model(tokens, attention_mask=seen.long()).logits[:, 0].float()
-        hidden = last_hidden(self.model.base_model, tokens)
+        hidden = last_hidden(self.model.base_model, tokens, lengths)
         if self.head == "last":
             return self.model.score(at(hidden, lengths - 1))[:, 0].float()
         places = torch.arange(tokens.shape[1], device=tokens.device)
@@ -119,9 +121,7 @@ class RewardModel(nn.Module):
         return scores.sum(1) / sequences.answer_lengths
 
     def save(self, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        with quietly():
-            self.model.save_pretrained(path)
-            tokenizer.save_pretrained(path)
+        save_pretrained(self.model, path, tokenizer)
 
 
 class Critic(nn.Module):
@@ -148,7 +148,7 @@ class Critic(nn.Module):
             lengths = sequences.answer_lengths
             judged = states[lengths.cumsum(0) - lengths]  # in front of each answer's first token
         else:
-            hidden = last_hidden(self.body, sequences.tokens)
+            hidden = last_hidden(self.body, sequences.tokens, sequences.lengths)
             states = hidden[:, :-1][before_answer(sequences)]
             judged = at(hidden, sequences.lengths - 1)
         values = self.value_head(states)[:, 0].float()
@@ -156,10 +156,6 @@ class Critic(nn.Module):
 
 
 # --- shared by the models -----------------------------------------------------------------------
-
-
-def last_hidden(body: nn.Module, tokens: Tensor) -> Tensor:  # (s, L) -> (s, L, D)
-    return body(input_ids=tokens, use_cache=False).last_hidden_state
 
 
 def before_answer(sequences: Sequences) -> Tensor:
@@ -179,7 +175,8 @@ def answer_states(body: nn.Module, sequences: Sequences) -> Tensor:
                 body, sequences, prompts.clamp(min=0), padding, row_of
             )
     # the last token predicts nothing
-    return last_hidden(body, sequences.tokens[:, :-1])[before_answer(sequences)]
+    states = last_hidden(body, sequences.tokens[:, :-1], sequences.lengths - 1)
+    return states[before_answer(sequences)]
 
 
 def _keeps_plain_keys(body: nn.Module) -> bool:
@@ -267,6 +264,43 @@ def quietly():
             transformers.logging.enable_progress_bar()
 
 
+def save_pretrained(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """In Hugging Face format; written aside and renamed, so that what is there is whole."""
+    state = {}
+    for name, p in model.named_parameters():  # tied ones once
+        full = parallel.whole(p.detach())  # every rank has to ask
+        if parallel.is_main():
+            state[name] = full.cpu()
+    if parallel.is_main():
+        aside = path.with_name(f".{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        with quietly():
+            buffers = dict(model.named_buffers())
+            state |= {name: x for name, x in model.state_dict().items() if name in buffers}
+            model.save_pretrained(aside, state_dict=state)
+            tokenizer.save_pretrained(aside)
+        shutil.rmtree(path, ignore_errors=True)
+        aside.rename(path)
+    parallel.barrier()
+
+
+def gather(policy: Policy, dtype: torch.dtype, into: Policy | None) -> Policy:
+    """A sharded policy as a whole one on this rank, for sampling; `into` is used again."""
+    if into is None:
+        with torch.device("meta"), quietly():
+            model = type(policy.model)(policy.model.config)
+        for p in model.parameters():
+            p.data = p.data.to(dtype)
+        model.to_empty(device=parallel.device())
+        model.tie_weights()
+        model.generation_config = policy.model.generation_config
+        into = frozen(Policy(model))
+    for ours, theirs in ((into.parameters, policy.parameters), (into.buffers, policy.buffers)):
+        for mine, sharded in zip(ours(), theirs(), strict=True):
+            mine.data.copy_(parallel.whole(sharded.detach()))
+    return into
+
+
 def load_tokenizer(source: str, config) -> PreTrainedTokenizerBase:
     if source == "toy":
         from trainer.toy import World
@@ -278,12 +312,17 @@ def load_tokenizer(source: str, config) -> PreTrainedTokenizerBase:
         )
 
 
-def load_policy(source: str, config) -> Policy:
+def load_policy(source: str, config, offload: bool = False) -> Policy:
+    """`offload`: weights wait in the CPU's memory and visit the GPU block by block."""
+    return prepare(_policy(source, config), config, offload)
+
+
+def _policy(source: str, config) -> Policy:
     if source == "toy":
         from trainer.toy import World
 
-        return prepare(Policy(World(config.toy).model(config.run.seed)), config)
-    return prepare(Policy(_load(AutoModelForCausalLM, source, config)), config)
+        return Policy(World(config.toy).model(config.run.seed))
+    return Policy(_load(AutoModelForCausalLM, source, config))
 
 
 def load_reward_model(
@@ -291,13 +330,19 @@ def load_reward_model(
 ) -> RewardModel:
     """A reward model; or, from a causal language model's folder, one with a new score layer, which
     takes its pad token from the tokenizer."""
+    return prepare(_reward_model(source, config, head, tokenizer), config)
+
+
+def _reward_model(
+    source: str, config, head: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> RewardModel:
     torch.manual_seed(config.run.seed)  # the new layer's weights
     if source == "toy":
         raise ConfigError("toy: a reward model starts from the model of stage sft", "model.policy")
     model = _load(AutoModelForSequenceClassification, source, config, num_labels=1)
     if tokenizer is not None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return prepare(RewardModel(model, head), config)
+    return RewardModel(model, head)
 
 
 def policy_source(config, run) -> str:
@@ -326,40 +371,33 @@ def load_scoring_model(config, run) -> tuple[RewardModel | None, PreTrainedToken
     return frozen(load_reward_model(source, config)), load_tokenizer(source, config)
 
 
-def make_critic(config, policy: Policy, reward: RewardModel | None, groups) -> Critic | None:
-    """From a copy of the reward model's or the policy's backbone, or from a path. None where
-    neither values nor a group head are asked for."""
+def make_critic(config, run, policy: Policy, groups) -> Critic | None:
+    """From the reward model's or the policy's backbone, or from a path. None where neither values
+    nor a group head are asked for."""
     if not (config.ppo.has_critic or groups.has_head):
         return None
-    torch.manual_seed(config.run.seed)  # the new heads' weights
     source = config.model.critic
-    if source not in ("reward", "policy"):
-        body = load_policy(source, config).model.base_model
-    elif source == "reward" and reward is not None:
-        body = reward.model.base_model
-        if body.get_input_embeddings().num_embeddings < len(
-            policy.model.get_input_embeddings().weight
-        ):
+    if source == "reward" and config.reward.model_weight:
+        body = _reward_model(reward_source(config, run), config).model.base_model
+        vocabulary = policy.model.get_input_embeddings().num_embeddings
+        if body.get_input_embeddings().num_embeddings < vocabulary:
             raise ConfigError(
                 "reward: the reward model has another vocabulary than the policy; want policy",
                 "model.critic",
             )
     else:
-        body = policy.model.base_model
+        named = source not in ("reward", "policy")
+        body = _policy(source if named else policy_source(config, run), config).model.base_model
+    torch.manual_seed(config.run.seed)  # the new heads' weights
     hidden_size = body.config.get_text_config().hidden_size
-    critic = Critic(copy.deepcopy(body), hidden_size, groups.num, config.groups.on)
-    return prepare(critic.requires_grad_(True), config)
+    return prepare(Critic(body, hidden_size, groups.num, config.groups.on), config)
 
 
 def frozen(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def frozen_copy(module: nn.Module) -> nn.Module:
-    return frozen(copy.deepcopy(module))
-
-
-def prepare(module: nn.Module, config) -> nn.Module:
+def prepare(module: nn.Module, config, offload: bool = False) -> nn.Module:
     """The one place where a finished model meets the machine: device, and later its shards.
 
     Dropout is off: it would make the log-probabilities of training and sampling those of two
@@ -371,21 +409,48 @@ def prepare(module: nn.Module, config) -> nn.Module:
             part.p = 0.0
         if isinstance(getattr(part, "attention_dropout", None), float):
             part.attention_dropout = 0.0
+    if packs(config):
+        use_packed(next(part for part in module.modules() if isinstance(part, PreTrainedModel)))
     if config.model.gradient_checkpointing:
         for part in module.modules():
             if isinstance(part, PreTrainedModel):
                 enable = getattr(part, "activation_checkpointing_enable", None)  # its newer name
                 (enable or part.gradient_checkpointing_enable)()
                 break
-    return module.to(parallel.device()).eval()
+    return parallel.place(module, config, offload).eval()
+
+
+def packs(config) -> bool:
+    """auto: on a GPU, where padding costs time; a CPU has small batches of like lengths anyway."""
+    wanted = {"on": True, "off": False}.get(config.model.packing)
+    return parallel.device().type == "cuda" if wanted is None else wanted
+
+
+def describe_attention(config) -> str:
+    if not packs(config):
+        return f"padded sequences, attention {config.model.attention}"
+    which = kernel(parallel.device().type, getattr(torch, config.model.dtype))
+    return f"packed sequences, attention {which}"
 
 
 def _load(auto, source: str, config, **options) -> PreTrainedModel:
+    """Rank 0 reads the weights; the others build a model without storage and get theirs from it."""
+    common = {
+        "attn_implementation": config.model.attention,
+        "trust_remote_code": config.model.trust_remote_code,
+    }
     with quietly():
+        if not parallel.is_main():
+            code = config.model.trust_remote_code
+            settings = AutoConfig.from_pretrained(source, trust_remote_code=code, **options)
+            with torch.device("meta"):
+                model = auto.from_config(settings, dtype=torch.float32, **common)
+            with contextlib.suppress(OSError):  # it says where answers end
+                model.generation_config = GenerationConfig.from_pretrained(source)
+            return model
         return auto.from_pretrained(
             source,
             dtype=torch.float32,  # the master copy; model.dtype is what autocast computes in
-            attn_implementation=config.model.attention,
-            trust_remote_code=config.model.trust_remote_code,
+            **common,
             **options,
         )

@@ -1,18 +1,33 @@
-"""What the loop asks of the other ranks. One process today; every sum over ranks is already here.
+"""Several ranks, one result: what the loop asks of the others, and how a model is spread over them.
 
-The loop never looks at the world's size. It takes its own share of the prompts, divides by
-denominators that `all_sum` has made global, and asks `is_main()` before it writes or prints.
+Every rank knows the whole batch and computes on a share of its sequences. Models' outputs are put
+together again (`all_sum` of parts that are zero elsewhere, which is exact), so whatever is derived
+from them (advantages, groups, moments, weights, metrics) is the same plain code on every rank, and
+the same on one. Gradients are sums over ranks, with denominators of the whole batch. So the number
+of ranks changes the order of a sum, and nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import resource
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from trainer.config import ConfigError
 
 
 def device() -> torch.device:
@@ -29,28 +44,181 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
+def describe() -> str:
+    kind = torch.cuda.get_device_name() if device().type == "cuda" else "CPU"
+    return f"{world_size()} x {kind}" if world_size() > 1 else kind
+
+
 def is_main() -> bool:
     return rank() == 0
 
 
-def all_sum(x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-    """Local sums in, their sum over the ranks out, not in place: gikernels' `reduce`."""
-    if world_size() == 1:
-        return x
-    if isinstance(x, Tensor):
-        total = x.clone()
-        torch.distributed.all_reduce(total)
-        return total
-    return [all_sum(each) for each in x]
+def start() -> None:
+    """Join the others, if torchrun started us."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device())
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        # torchrun's store outlives a restart; the addresses of the ranks before are still in it.
+        store, *who = next(torch.distributed.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
+        torch.distributed.init_process_group(backend, store=store, rank=who[0], world_size=who[1])
 
 
-def all_gather(x: Tensor) -> Tensor:
-    """(n) of each rank -> (n * ranks), in rank order; every rank has the same n."""
+def stop() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        mesh.cache_clear()
+        cpu_group.cache_clear()
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """The sum over ranks, not in place."""
     if world_size() == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    torch.distributed.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    total = x.clone()
+    torch.distributed.all_reduce(total)
+    return total
+
+
+def all_max(x: list[int]) -> list[int]:
+    if world_size() == 1:
+        return x
+    most = torch.tensor(x, device=device())
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return most.tolist()
+
+
+def share(count: int) -> slice:
+    """This rank's part of a row of things that cost about the same."""
+    bounds = [count * r // world_size() for r in (rank(), rank() + 1)]
+    return slice(*bounds)
+
+
+def any_true(flag: bool) -> bool:
+    """Whether it is true on some rank."""
+    return bool(all_sum(torch.tensor(float(flag), device=device())))
+
+
+def all_true(flag: bool) -> bool:
+    return not any_true(not flag)
+
+
+def gather_objects(x: object) -> list:
+    """One small object of each rank, on every rank."""
+    if world_size() == 1:
+        return [x]
+    out = [None] * world_size()
+    torch.distributed.all_gather_object(out, x, group=cpu_group())
+    return out
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    gather_objects(None)
+
+
+@functools.cache
+def cpu_group(use: str = "objects"):
+    """For what is not on a GPU. Each thread has to have one of its own: small objects between
+    steps, checkpoints that are written in the background."""
+    if world_size() == 1:
+        return None
+    return torch.distributed.new_group(backend="gloo")
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+@functools.cache
+def mesh(replicas: int) -> DeviceMesh:
+    """(replicate, shard): each replica is spread over the ranks of one node, or of a few."""
+    if world_size() % replicas:
+        raise ConfigError(
+            f"is {replicas}; want a divisor of the number of ranks, {world_size()}",
+            "trainer.replicas",
+        )
+    shape, names = (replicas, world_size() // replicas), ("replicate", "shard")
+    if replicas == 1:
+        shape, names = shape[1:], names[1:]
+    return init_device_mesh(device().type, shape, mesh_dim_names=names)
+
+
+def place(module: nn.Module, config, offload: bool = False) -> nn.Module:
+    """A finished model onto this rank's device, or with several ranks its shards (FSDP2).
+
+    The model of rank 0 counts: its weights and buffers go to the others, which may have built
+    theirs on the meta device. Buffers that no checkpoint holds, such as rotary frequencies, are
+    among them: `to_empty` would leave them uninitialised without a word.
+    """
+    if config.model.compile:
+        for block in blocks(module):
+            block.compile()
+    if world_size() == 1:
+        return module.to(device())
+    half = torch.bfloat16 if config.model.dtype == "bfloat16" else None
+    options = {
+        "mesh": mesh(config.trainer.replicas),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32),
+        "reshard_after_forward": True,
+    }
+    home = device()
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=home.type == "cuda")
+        home = torch.device("cpu")
+    weights = {name: p.detach() for name, p in module.named_parameters()} if is_main() else {}
+    for block in blocks(module):
+        fully_shard(block, **options)
+    fully_shard(module, **options)
+    if any(x.is_meta for x in [*module.parameters(), *module.buffers()]):
+        module.to_empty(device=home)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)  # gradients are sums over ranks
+            part.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            full = (
+                weights[name].to(device())
+                if is_main()
+                else torch.empty(p.shape, dtype=p.dtype, device=device())
+            )
+            torch.distributed.broadcast(full, 0)
+            p.copy_(distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None))
+        for buffer in module.buffers():
+            full = buffer.to(device())
+            torch.distributed.broadcast(full, 0)
+            buffer.copy_(full)
+    return module
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The layers of its transformers, which transformers never splits between devices."""
+    parts = list(module.modules())
+    kinds = {kind for part in parts for kind in getattr(part, "_no_split_modules", None) or ()}
+    return [part for part in parts if type(part).__name__ in kinds]
+
+
+def whole(p: Tensor) -> Tensor:
+    """A sharded tensor put together; every rank has to ask."""
+    return p.full_tensor() if isinstance(p, DTensor) else p
+
+
+@contextlib.contextmanager
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """Inside, weights that belong to no block (embeddings, heads) may be used outside forward()."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    yield
+    module.reshard()
 
 
 def generator(*names: object) -> torch.Generator:

@@ -326,6 +326,9 @@ def memory(config: Config, stage: str, policy: Shape, reward: Shape, ranks: int)
             # Its gradients do not live at the same time as the policy's: the larger ones count.
             out["critic"] = (FP32 + ADAM) * body.backbone / ranks
             out["gradients"] = FP32 * max(policy.parameters, body.backbone) / ranks
+        if ranks > 1 and config.rollout.engine == "hf":  # sampling wants the weights in one piece
+            compute = 2 if config.model.dtype == "bfloat16" else 4
+            out["policy for sampling"] = compute * policy.parameters
         out["generation cache"] = _cache(config, policy)
     batch = {
         "sft": config.sft.batch,

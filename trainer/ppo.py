@@ -22,48 +22,61 @@ from torch import Tensor
 import gikernels
 from trainer import baselines, models, parallel
 from trainer.batching import Sequences, batch_indices, forward_all, minibatches
-from trainer.checkpoint import TrainState
+from trainer.checkpoint import Checkpoints, TrainState, finished
 from trainer.data import Prompt, load_prompts
 from trainer.evaluate import Evaluator, Judge, by_label, few_of_each_domain, make_judge
 from trainer.experience import Forward, estimate, explained_variance, forward_models
+from trainer.faults import Guard
 from trainer.invariance import Groups, performance
 from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, final_table, progress, say
 from trainer.models import Critic, Policy
 from trainer.optim import Optimizer
+from trainer.profiling import profiled
 from trainer.rollout import Engine, check_logprobs, make_engine
 from trainer.scoring import Normaliser, Scorer
 
 
 def run(config, run: RunFolder, resume: bool = False) -> None:
-    with baselines.running(config, run):
-        train(config, run)
+    with baselines.running(config, run, resume):
+        if resume and finished(run, "ppo", config.ppo.steps):
+            say("ppo    is done")
+        else:
+            train(config, run, resume)
     compared = {_title(config): run, **{n: run.baseline(n) for n in config.baselines}}
     if table := final_table(compared):
         say(table)
 
 
-def train(config, run: RunFolder) -> None:
+def train(config, run: RunFolder, resume: bool = False) -> None:
     t = Setup.of(config, run)
-    log = MetricsLog(run, ("ppo", "eval"), t.state.step, config.trainer.log)
     say(f"ppo    {t.groups.describe()}")
-    if t.state.step == 0:
-        t.engine.sync(t.policy)
-        metrics, _ = t.evaluator(t.policy)
-        log.write("eval", 0, metrics, policy="sft")
-    with progress("ppo", config.ppo.steps, t.state.step, config.trainer.progress) as show:
+    with (
+        Checkpoints(config, run, "ppo", t.state, resume) as checkpoints,
+        MetricsLog(run, ("ppo", "eval"), t.state.step, config.trainer.log) as log,
+        progress("ppo", config.ppo.steps, t.state.step, config.trainer.progress) as show,
+    ):
+        t.reference_scores.fill(t)
+        if t.state.step == 0:
+            t.engine.sync(t.policy)
+            metrics, _ = t.evaluator(t.policy)
+            log.write("eval", 0, metrics, policy="sft")
         while t.state.step < config.ppo.steps:
-            metrics = iteration(t, t.state.step)
+            with profiled(config, run, "ppo", t.state.step + 1):
+                metrics = iteration(t, t.state.step)
             t.state.step += 1
             log.write("ppo", t.state.step, metrics)
             show(headline(metrics))
             last = t.state.step == config.ppo.steps
             if last or (config.eval.every and t.state.step % config.eval.every == 0):
-                metrics, samples = t.evaluator(t.policy, t.critic, t.groups)
-                log.write("eval", t.state.step, metrics, policy="policy")
+                t.engine.sync(t.policy)
+                evaluation, samples = t.evaluator(t.policy, t.critic, t.groups)
+                log.write("eval", t.state.step, evaluation, policy="policy")
                 few = few_of_each_domain(samples, config.eval.final_samples)
                 log.write_samples("eval", t.state.step, samples if last else few)
-    t.policy.save(run.model("policy"), t.tokenizer)
-    log.close()
+                metrics |= evaluation
+            checkpoints.after_step(log, metrics, t.guard)
+        t.policy.save(run.model("policy"), t.tokenizer)
+        checkpoints.end()
 
 
 def iteration(t: Setup, step: int) -> dict[str, float]:
@@ -84,21 +97,23 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
 
     with timer("score"):
         raw = t.scorer(prompts, sequences, rollout.truncated)
-        t.normaliser.observe(raw["total"])
-        scores = t.normaliser(raw["total"])
 
     with timer("forward"):
         forward = forward_models(config, t.policy, t.reference, t.critic, sequences)
         mismatch = check_logprobs(rollout, forward.logprobs, config.rollout.logprob_bound)
+    seen = {"values": forward.values, "group logits": forward.group_logits}
+    if not t.guard.allows("rollout", **{f"reward {name}": x for name, x in raw.items()}, **seen):
+        skipped = {"objective/scores": mean(raw["total"]), "guard/skipped": t.guard.skipped}
+        return skipped | timer.metrics(int(sequences.lengths.sum()))
 
     with timer("experience"):
+        t.normaliser.observe(raw["total"])
+        scores = t.normaliser(raw["total"])
         returns = performance(
             config.groups.performance,
             scores,
             raw["total"],
-            t.reference_scores[chosen].repeat_interleave(samples, 0)
-            if t.reference_scores is not None
-            else None,
+            t.reference_scores.of(chosen, samples),
             t.normaliser.scale,
         )
         probs = t.groups.observe(t.groups.probs(forward.group_logits, prompts), returns)
@@ -133,6 +148,7 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
             "rollout/length": mean(sequences.answer_lengths),
             "rollout/truncated": mean(rollout.truncated),
             "rollout/logprob_diff_max": mismatch,
+            "guard/skipped": t.guard.skipped,
         }
         metrics |= {f"reward/{name}": mean(part) for name, part in raw.items() if name != "total"}
         if config.ppo.has_critic:
@@ -142,7 +158,7 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
         if t.judge is not None:
             columns["gold"] = t.judge(prompts, sequences)
         metrics |= by_label(columns, [p.domain for p in prompts], "domain")
-    return metrics | timer.metrics(int(parallel.all_sum(sequences.lengths.sum())))
+    return metrics | timer.metrics(int(sequences.lengths.sum()))
 
 
 @dataclass(frozen=True)
@@ -165,7 +181,7 @@ def train_critic(t: Setup, step: int, batch: Batch, updates: Averages) -> None:
     for epoch in range(config.ppo.ppo_epochs):
         for chosen in shuffled(t, "critic", step, epoch):
             part = batch.sequences.rows(chosen)
-            denom = parallel.all_sum(mask[chosen].sum())
+            denom = mask[chosen].sum()
             head_loss = None
             if t.groups.has_head:
                 head_loss = t.groups.head_loss(
@@ -173,7 +189,7 @@ def train_critic(t: Setup, step: int, batch: Batch, updates: Averages) -> None:
                     batch.performance[chosen],
                     lambda part=part: t.group_logits(part),
                 )
-            for rows in part.micro_batches(config.trainer.tokens_per_microbatch):
+            for rows, weight in part.pieces(config.trainer.tokens_per_microbatch):
                 here = chosen[rows]
                 with parallel.autocast(config.model.dtype):
                     values, logits = t.critic(part.rows(rows))
@@ -182,7 +198,7 @@ def train_critic(t: Setup, step: int, batch: Batch, updates: Averages) -> None:
                     values,
                     batch.forward.values[here, :width],
                     exp.returns[here, :width],
-                    mask[here, :width],
+                    mask[here, :width] & bool(weight),
                     denom=denom,
                     clip=config.ppo.value_clip or None,
                 )
@@ -190,11 +206,11 @@ def train_critic(t: Setup, step: int, batch: Batch, updates: Averages) -> None:
                     loss = loss * 0
                 updates.add("value", {"loss": loss, "clipfrac": figures["clipfrac"]})
                 if head_loss is not None:
-                    head = head_loss(logits, rows)
+                    head = head_loss(logits, rows) * weight
                     updates.add("value", {"head_loss": head})
                     loss = loss + head
                 loss.backward()
-            norm = t.critic_optimizer.step(step)
+            norm = t.critic_optimizer.step(step, updates.open["value/loss"])
             updates.add("value", {"grad_norm": norm / parallel.world_size()})
             updates.update("value")
     t.critic.eval()
@@ -209,13 +225,13 @@ def train_policy(t: Setup, step: int, batch: Batch, weights: Tensor, updates: Av
     for epoch in range(config.ppo.ppo_epochs):
         for chosen in shuffled(t, "policy", step, epoch):
             part = batch.sequences.rows(chosen)
-            denom = parallel.all_sum(mask[chosen].sum())
-            for rows in part.micro_batches(config.trainer.tokens_per_microbatch):
+            denom = mask[chosen].sum()
+            for rows, weight in part.pieces(config.trainer.tokens_per_microbatch):
                 here = chosen[rows]
                 with parallel.autocast(config.model.dtype):
                     stats = t.policy(part.rows(rows), config.rollout.temperature)
                 width = stats.logprobs.shape[1]
-                real = mask[here, :width]
+                real = mask[here, :width] & bool(weight)
                 loss, figures = gikernels.ppo_loss(
                     stats.logprobs,
                     forward.logprobs[here, :width],
@@ -234,7 +250,7 @@ def train_policy(t: Setup, step: int, batch: Batch, weights: Tensor, updates: Av
                     loss = loss + cost / denom
                 updates.add("policy", {"loss": loss, **figures})
                 loss.backward()
-            norm = t.policy_optimizer.step(step)
+            norm = t.policy_optimizer.step(step, updates.open["policy/loss"])
             updates.add("policy", {"grad_norm": norm / parallel.world_size()})
             updates.update("policy")
     t.policy.eval()
@@ -244,8 +260,7 @@ def shuffled(t: Setup, name: str, step: int, epoch: int) -> Iterator[Tensor]:
     """The minibatches' rows, another split in each epoch."""
     ppo = t.config.ppo
     generator = parallel.generator(t.config.run.seed, name, step, epoch)
-    local = ppo.sequences_per_step // parallel.world_size()
-    return minibatches(local, ppo.minibatches, generator, ppo.samples_per_prompt)
+    return minibatches(ppo.sequences_per_step, ppo.minibatches, generator, ppo.samples_per_prompt)
 
 
 def kl_loss(config, logprobs: Tensor, ref_logprobs: Tensor, kl_coef: Tensor, mask: Tensor):
@@ -275,7 +290,8 @@ class Setup:
     groups: Groups
     evaluator: Evaluator
     judge: Judge | None
-    reference_scores: Tensor | None  # (prompts, k) where performance is over the reference's
+    reference_scores: ReferenceScores
+    guard: Guard
     state: TrainState
 
     @staticmethod
@@ -284,16 +300,21 @@ class Setup:
         tokenizer = models.load_tokenizer(source, config)
         prompts = load_prompts(config, "train", tokenizer)
         policy = models.load_policy(source, config)
-        reference = models.frozen_copy(policy)
+        offload = config.model.offload_reference
+        reference = models.frozen(models.load_policy(source, config, offload))
         reward, reward_tokenizer = models.load_scoring_model(config, run)
         groups = Groups(config, prompts)
-        critic = models.make_critic(config, policy, reward, groups)
+        critic = models.make_critic(config, run, policy, groups)
+        guard = Guard(config.trainer.max_skipped)
         options = {
+            "guard": guard,
             "weight_decay": config.ppo.weight_decay,
             "grad_clip": config.ppo.grad_clip,
             "warmup": config.ppo.warmup,
         }
-        policy_optimizer = Optimizer([(config.ppo.lr, policy.parameters())], **options)
+        policy_optimizer = Optimizer(
+            [(config.ppo.lr, policy.parameters())], name="policy", **options
+        )
         critic_optimizer = None
         if critic is not None:
             critic_optimizer = Optimizer(
@@ -304,15 +325,22 @@ class Setup:
                     ),
                     (config.groups.head_lr, critic.group_head.parameters()),
                 ],
+                name="critic",
                 **options,
             )
         engine = make_engine(config, tokenizer)
         scorer = Scorer(config, tokenizer, reward, reward_tokenizer)
         normaliser = Normaliser(config)
+        reference_scores = ReferenceScores(config, len(prompts))
         state = TrainState(
             {"policy": policy, "critic": critic},
             {"policy": policy_optimizer, "critic": critic_optimizer},
-            {"normaliser": normaliser, "groups": groups},
+            {
+                "normaliser": normaliser,
+                "groups": groups,
+                "reference_scores": reference_scores,
+                "guard": guard,
+            },
         )
         return Setup(
             config=config,
@@ -329,7 +357,8 @@ class Setup:
             groups=groups,
             evaluator=Evaluator(config, tokenizer, engine, scorer, reference),
             judge=make_judge(config, config.data.prompts),
-            reference_scores=score_reference(config, prompts, reference, engine, scorer),
+            reference_scores=reference_scores,
+            guard=guard,
             state=state,
         )
 
@@ -340,49 +369,58 @@ class Setup:
             return forward_all(self.critic, sequences, budget)[1]
 
 
-def score_reference(
-    config, prompts: list[Prompt], reference: Policy, engine: Engine, scorer: Scorer
-) -> Tensor | None:
-    """(prompts, k) raw scores of k answers of the reference policy to each prompt that this run
-    will meet; sampled once, before training, when the engine's weights are the reference's."""
-    settings, ppo = config.groups, config.ppo
-    if not settings.active or settings.performance not in ("over_reference", "quantile"):
-        return None
-    k = settings.reference_answers
-    met = sorted(
-        {
-            i
-            for step in range(ppo.steps)
-            for i in batch_indices(len(prompts), ppo.prompts_per_step, step, config.run.seed, "ppo")
-        }
-    )
-    out = torch.full((len(prompts), k), torch.nan, device=parallel.device())
-    engine.sync(reference)
-    size = max(1, config.rollout.batch // k)
-    for start in range(0, len(met), size):
-        here = met[start : start + size]
-        some = [prompts[i] for i in here]
-        rollout = engine.generate(
-            [p.ids for p in some], k, parallel.generator(config.run.seed, "reference", start)
-        )
-        repeated = [p for p in some for _ in range(k)]
-        scores = scorer(repeated, rollout.sequences, rollout.truncated)["total"]
-        out[torch.tensor(here, device=out.device)] = scores.view(-1, k)
-    return out
+class ReferenceScores:
+    """Raw scores of k answers of the reference policy to each prompt that the run will meet.
+
+    Sampled once, before training; kept in the checkpoints. Empty where nothing asks for them.
+    """
+
+    def __init__(self, config, prompts: int) -> None:
+        groups = config.groups
+        self.asked = groups.active and groups.performance in ("over_reference", "quantile")
+        shape = (prompts, groups.reference_answers) if self.asked else (0, 0)
+        self.scores = torch.full(shape, torch.nan, device=parallel.device())  # (prompts, k)
+
+    def of(self, chosen: list[int], samples: int) -> Tensor | None:  # (S, k)
+        return self.scores[chosen].repeat_interleave(samples, 0) if self.asked else None
+
+    def fill(self, t: Setup) -> None:
+        """Sample and score for prompts that have none yet."""
+        if not self.asked:
+            return
+        config, k, seed = t.config, self.scores.shape[1], t.config.run.seed
+        count, per_step = len(t.prompts), config.ppo.prompts_per_step
+        steps = range(config.ppo.steps)
+        met = {i for step in steps for i in batch_indices(count, per_step, step, seed, "ppo")}
+        missing = self.scores[:, 0].isnan().tolist()
+        todo = sorted(i for i in met if missing[i])
+        t.engine.sync(t.reference)
+        size = max(1, config.rollout.batch // k)
+        for start in range(0, len(todo), size):
+            here = todo[start : start + size]
+            some = [t.prompts[i] for i in here]
+            draws = parallel.generator(seed, "reference", start)
+            rollout = t.engine.generate([p.ids for p in some], k, draws)
+            repeated = [p for p in some for _ in range(k)]
+            scores = t.scorer(repeated, rollout.sequences, rollout.truncated)["total"]
+            self.scores[torch.tensor(here, device=scores.device)] = scores.view(-1, k)
+
+    def state_dict(self) -> dict:
+        return {"scores": self.scores}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.scores = state["scores"]
 
 
 # --- figures --------------------------------------------------------------------------------------
 
 
 def mean(x: Tensor) -> float:
-    x = x.double()  # a count in a bool's own dtype would be 1
-    total, count = parallel.all_sum([x.sum(), x.new_tensor(len(x))])
-    return float(total / count)
+    return float(x.double().mean())
 
 
 def token_mean(x: Tensor, mask: Tensor) -> float:
-    total, count = parallel.all_sum([x[mask].double().sum(), mask.sum().double()])
-    return float(total / count)
+    return float(x[mask].double().mean())
 
 
 def headline(metrics: dict[str, float]) -> dict[str, float]:
@@ -392,7 +430,7 @@ def headline(metrics: dict[str, float]) -> dict[str, float]:
         "worst group": "group/worst",
         "gap": "group/gap",
     }
-    return {short: metrics[name] for short, name in names.items()}
+    return {short: metrics[name] for short, name in names.items() if name in metrics}
 
 
 def _title(config) -> str:

@@ -15,16 +15,21 @@ from torch import Tensor
 
 import gikernels
 from trainer import models, parallel
-from trainer.batching import Sequences, batch_indices, forward_all, micro_batches
-from trainer.checkpoint import TrainState
+from trainer.batching import Piece, Sequences, batch_indices, forward_all, pieces
+from trainer.checkpoint import Checkpoints, TrainState, finished
 from trainer.data import DataError, Pair, load_pairs
+from trainer.faults import Guard
 from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, progress, say
 from trainer.optim import Optimizer
+from trainer.profiling import profiled
 from trainer.rollout import make_engine
 
 
 def run(config, run: RunFolder, resume: bool = False) -> None:
     seed, settings = config.run.seed, config.rm
+    if resume and finished(run, "rm", settings.steps):
+        say("rm     is done")
+        return
     start = models.policy_source(config, run)
     tokenizer = models.load_tokenizer(start, config)
     if config.data.pairs == "toy":
@@ -36,49 +41,57 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
     held_out = int(len(pairs) * settings.validation)
     pairs, validation = pairs[held_out:], pairs[:held_out]
     model = models.load_reward_model(start, config, settings.head, tokenizer).train()
+    guard = Guard(config.trainer.max_skipped)
     optimizer = Optimizer(
         [(settings.lr, model.parameters())],
         weight_decay=settings.weight_decay,
         grad_clip=settings.grad_clip,
         warmup=settings.warmup,
         decay_until=settings.steps,
+        guard=guard,
+        name="reward model",
     )
-    state = TrainState({"reward": model}, {"reward": optimizer})
-    log = MetricsLog(run, ("rm",), state.step, config.trainer.log)
-
-    with progress("rm", settings.steps, state.step, config.trainer.progress) as show:
+    state = TrainState({"reward": model}, {"reward": optimizer}, {"guard": guard})
+    with (
+        Checkpoints(config, run, "rm", state, resume) as checkpoints,
+        MetricsLog(run, ("rm",), state.step, config.trainer.log) as log,
+        progress("rm", settings.steps, state.step, config.trainer.progress) as show,
+    ):
         while state.step < settings.steps:
             timer, averages = Timer(), Averages()
-            batch = [pairs[i] for i in batch_indices(len(pairs), settings.batch, state.step, seed)]
-            with timer("train"):
-                total = parallel.all_sum(torch.tensor(float(len(batch))))
+            with timer("data"):
+                chosen = batch_indices(len(pairs), settings.batch, state.step, seed)
+                batch = [pairs[i] for i in chosen]
                 sequences = both_answers(batch, tokenizer.pad_token_id)
-                for rows in pair_batches(sequences, config.trainer.tokens_per_microbatch):
+            with timer("train"), profiled(config, run, "rm", state.step + 1):
+                for rows, weight in pair_pieces(sequences, config.trainer.tokens_per_microbatch):
                     both = sequences.rows(torch.cat([rows, rows + len(batch)]))
                     with parallel.autocast(config.model.dtype):
                         chosen, rejected = model(both).chunk(2)
                     some = [batch[i] for i in rows.tolist()]
                     loss, figures = pair_loss(settings, chosen, rejected, some)
-                    (loss * (len(some) / total)).backward()
-                    averages.add("rm", {k: v * len(some) / total for k, v in figures.items()})
-                averages.add(
-                    "rm", {"grad_norm": optimizer.step(state.step) / parallel.world_size()}
-                )
+                    part = weight * len(some) / len(batch)
+                    (loss * part).backward()
+                    averages.add("rm", {k: v * part for k, v in figures.items()})
+                norm = optimizer.step(state.step, averages.open["rm/loss"])
+                averages.add("rm", {"grad_norm": norm / parallel.world_size()})
                 averages.update("rm")
+                metrics = averages.means()
             state.step += 1
-            metrics = averages.means()
             metrics["rm/lr"] = settings.lr * optimizer.factor(state.step - 1)
-            metrics.update(timer.metrics(int(parallel.all_sum(sequences.lengths.sum()))))
+            metrics["guard/skipped"] = guard.skipped
+            metrics.update(timer.metrics(int(sequences.lengths.sum())))
             last = state.step == settings.steps
             if validation and (last or state.step % max(1, settings.steps // 5) == 0):
                 metrics["rm/validation_accuracy"] = accuracy(config, model, validation, tokenizer)
             log.write("rm", state.step, metrics)
             show({"loss": metrics["rm/loss"], "accuracy": metrics["rm/accuracy"]})
-    if validation:
-        share = accuracy(config, model, validation, tokenizer)
-        say(f"rm     held-out pairs ordered rightly: {share:.1%} of {len(validation)}")
-    model.save(run.model("rm"), tokenizer)
-    log.close()
+            checkpoints.after_step(log, metrics, guard)
+        if validation:
+            share = accuracy(config, model, validation, tokenizer)
+            say(f"rm     held-out pairs ordered rightly: {share:.1%} of {len(validation)}")
+        model.save(run.model("rm"), tokenizer)
+        checkpoints.end()
 
 
 def check_columns(settings, pairs: list[Pair]) -> None:
@@ -131,10 +144,10 @@ def both_answers(pairs: list[Pair], pad: int) -> Sequences:
     return Sequences.of(prompts + prompts, answers, pad)
 
 
-def pair_batches(sequences: Sequences, budget: int) -> list[Tensor]:
+def pair_pieces(sequences: Sequences, budget: int) -> list[Piece]:
     """Micro-batches of pair indices: a pair's two answers stay together."""
     longer = sequences.lengths.view(2, -1).amax(0)
-    return micro_batches(2 * longer, budget)
+    return pieces(2 * longer, budget)
 
 
 def accuracy(config, model: models.RewardModel, pairs: list[Pair], tokenizer) -> float:

@@ -65,9 +65,6 @@ class RewardFunction:
             raise RewardError(
                 f"{self.key}: {self.place} returned shape {tuple(scores.shape)}, {want}"
             )
-        if not torch.isfinite(scores).all():
-            first = int((~torch.isfinite(scores)).nonzero()[0])
-            raise RewardError(f"{self.key}: {self.place} returned {scores[first]} for {first}")
         return scores
 
 
@@ -87,7 +84,12 @@ def check_functions(config, prompts) -> None:
     """Call every reward function once, on prompts and an empty answer, before a run begins."""
     some = prompts[:2]
     for function, _ in load_functions(config).values():
-        function([p.text for p in some], [""] * len(some), [p.meta for p in some])
+        scores = function([p.text for p in some], [""] * len(some), [p.meta for p in some])
+        if not torch.isfinite(scores).all():  # later on, the guard skips such a step
+            first = int((~torch.isfinite(scores)).nonzero()[0])
+            raise RewardError(
+                f"{function.key}: {function.place} returned {scores[first]} for {first}"
+            )
 
 
 class Scorer:
@@ -120,8 +122,11 @@ class Scorer:
         if self.functions:
             texts = self.tokenizer.batch_decode(sequences.answers(), skip_special_tokens=True)
             for name, (function, weight) in self.functions.items():
-                scores = function([p.text for p in prompts], texts, [p.meta for p in prompts])
-                parts[name] = (scores.to(sequences.tokens.device), weight)
+                mine = parallel.share(len(texts))  # each answer is judged on one rank
+                some = prompts[mine]
+                scores = torch.zeros(len(texts))
+                scores[mine] = function([p.text for p in some], texts[mine], [p.meta for p in some])
+                parts[name] = (parallel.all_sum(scores.to(sequences.tokens.device)), weight)
         total = -self.config.reward.truncated_penalty * truncated.float()
         for scores, weight in parts.values():
             total = total + weight * scores
@@ -157,7 +162,6 @@ class Normaliser:
         self.stats = gikernels.GroupStats(zero, zero, zero)
 
     def observe(self, scores: Tensor) -> None:
-        scores = parallel.all_gather(scores)
         ids = torch.zeros(len(scores), dtype=torch.int32, device=scores.device)
         self.stats = gikernels.merge_stats(self.stats, gikernels.group_stats(scores, ids, 1))
 

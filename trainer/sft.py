@@ -4,50 +4,61 @@ from __future__ import annotations
 
 from trainer import models, parallel
 from trainer.batching import Sequences, batch_indices
-from trainer.checkpoint import TrainState
+from trainer.checkpoint import Checkpoints, TrainState, finished
 from trainer.data import load_demonstrations
-from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, progress
+from trainer.faults import Guard
+from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, progress, say
 from trainer.optim import Optimizer
+from trainer.profiling import profiled
 
 
 def run(config, run: RunFolder, resume: bool = False) -> None:
     seed, settings = config.run.seed, config.sft
+    if resume and finished(run, "sft", settings.steps):
+        say("sft    is done")
+        return
     tokenizer = models.load_tokenizer(config.model.policy, config)
     demonstrations = load_demonstrations(config, tokenizer)
     policy = models.load_policy(config.model.policy, config).train()
+    guard = Guard(config.trainer.max_skipped)
     optimizer = Optimizer(
         [(settings.lr, policy.parameters())],
         weight_decay=settings.weight_decay,
         grad_clip=settings.grad_clip,
         warmup=settings.warmup,
         decay_until=settings.steps,
+        guard=guard,
+        name="policy",
     )
-    state = TrainState({"policy": policy}, {"policy": optimizer})
-    log = MetricsLog(run, ("sft",), state.step, config.trainer.log)
-
-    with progress("sft", settings.steps, state.step, config.trainer.progress) as show:
+    state = TrainState({"policy": policy}, {"policy": optimizer}, {"guard": guard})
+    with (
+        Checkpoints(config, run, "sft", state, resume) as checkpoints,
+        MetricsLog(run, ("sft",), state.step, config.trainer.log) as log,
+        progress("sft", settings.steps, state.step, config.trainer.progress) as show,
+    ):
         while state.step < settings.steps:
             timer, averages = Timer(), Averages()
-            chosen = batch_indices(len(demonstrations), settings.batch, state.step, seed, "sft")
             with timer("data"):
+                chosen = batch_indices(len(demonstrations), settings.batch, state.step, seed, "sft")
                 prompts, answers = zip(*(demonstrations[i] for i in chosen))
                 batch = Sequences.of(list(prompts), list(answers), tokenizer.pad_token_id)
-            with timer("train"):
-                tokens = parallel.all_sum(batch.answer_lengths.sum())
-                for rows in batch.micro_batches(config.trainer.tokens_per_microbatch):
+            with timer("train"), profiled(config, run, "sft", state.step + 1):
+                tokens = batch.answer_lengths.sum()
+                for rows, weight in batch.pieces(config.trainer.tokens_per_microbatch):
                     with parallel.autocast(config.model.dtype):
-                        loss = -policy(batch.rows(rows)).logprobs.sum() / tokens
+                        loss = -weight * policy(batch.rows(rows)).logprobs.sum() / tokens
                     loss.backward()
                     averages.add("sft", {"loss": loss})
-                averages.add(
-                    "sft", {"grad_norm": optimizer.step(state.step) / parallel.world_size()}
-                )
+                norm = optimizer.step(state.step, averages.open["sft/loss"])
+                averages.add("sft", {"grad_norm": norm / parallel.world_size()})
                 averages.update("sft")
+                metrics = averages.means()
             state.step += 1
-            metrics = averages.means()
             metrics["sft/lr"] = settings.lr * optimizer.factor(state.step - 1)
-            metrics.update(timer.metrics(int(parallel.all_sum(batch.lengths.sum()))))
+            metrics["guard/skipped"] = guard.skipped
+            metrics.update(timer.metrics(int(batch.lengths.sum())))
             log.write("sft", state.step, metrics)
             show({"loss": metrics["sft/loss"]})
-    policy.save(run.model("sft"), tokenizer)
-    log.close()
+            checkpoints.after_step(log, metrics, guard)
+        policy.save(run.model("sft"), tokenizer)
+        checkpoints.end()

@@ -106,11 +106,6 @@ def test_resume_is_refused_where_it_is_not_there(refused):
     refused("--resume is not there yet", "sft", "toy", "--resume")
 
 
-def test_several_ranks_are_refused_where_they_are_not_there(refused, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused("several ranks", "sft", "toy")
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -61,7 +61,7 @@ def test_critic_reads_states_before_tokens_and_the_group_where_it_is_told(base, 
     config = tiny.config("unused", f"groups.on={on}")
     policy = models.load_policy(str(base.model("sft")), config)
     reward, _ = models.load_scoring_model(config, base)
-    critic = models.make_critic(config, policy, reward, Groups(config, []))
+    critic = models.make_critic(config, base, policy, Groups(config, []))
     torch.nn.init.normal_(critic.value_head.weight)
     values, groups = critic(SEQUENCES)
     for i in range(3):

@@ -64,7 +64,7 @@ def test_a_switch_without_its_column_is_one_clear_line():
 def test_pairs_stay_together_in_micro_batches():
     pairs = [Pair(prompt_ids=[1] * n, chosen_ids=[2], rejected_ids=[3, 3]) for n in (3, 9, 1, 5)]
     sequences = reward.both_answers(pairs, 0)
-    batches = reward.pair_batches(sequences, 40)
+    batches = [rows for rows, _ in reward.pair_pieces(sequences, 40)]
     assert sorted(torch.cat(batches).tolist()) == [0, 1, 2, 3]
     for rows in batches:
         both = torch.cat([rows, rows + 4])

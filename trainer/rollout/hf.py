@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from trainer import parallel
+from trainer import models, parallel
 from trainer.batching import Sequences
 from trainer.models import Policy
 from trainer.rollout import Rollout
@@ -22,10 +22,15 @@ class HuggingFaceEngine:
         self.config, self.pad = config, tokenizer.pad_token_id
         self.eos = {tokenizer.eos_token_id}
         self.policy: Policy | None = None
+        self.whole: Policy | None = None  # where the trainer's is sharded
 
     def sync(self, policy: Policy) -> None:
-        """The weights are shared with the trainer: there is nothing to copy."""
+        """The weights are shared with the trainer, or gathered from its shards."""
         self.policy = policy
+        if parallel.world_size() > 1:
+            dtype = getattr(torch, self.config.model.dtype)
+            self.whole = models.gather(policy, dtype, self.whole)
+            self.policy = self.whole
         named = policy.model.generation_config.eos_token_id if policy.model.can_generate() else None
         self.eos |= set(named if isinstance(named, list) else [named]) - {None}
 
@@ -45,22 +50,24 @@ class HuggingFaceEngine:
         uniform = (1 - torch.rand(count, limit, generator=generator)).to(parallel.device())
         # Prompts of nearly equal length together: padding on the left is little.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        batch = max(1, self.config.rollout.batch // samples)
-        tokens = torch.full((count, limit), self.pad, device=uniform.device)
+        ranks = parallel.world_size()
+        batch = max(1, min(self.config.rollout.batch // samples, -(-len(prompts) // ranks)))
+        tokens = torch.zeros(count, limit, dtype=torch.long, device=uniform.device)
         logprobs = uniform.new_zeros(count, limit)
-        for start in range(0, len(order), batch):
+        for start in range(batch * parallel.rank(), len(order), batch * ranks):
             here = order[start : start + batch]
             rows = torch.tensor([i * samples + k for i in here for k in range(samples)])
             rows = rows.to(uniform.device)
             with parallel.autocast(self.config.model.dtype):
                 out = self._sample([prompts[i] for i in here], samples, uniform[rows])
             tokens[rows], logprobs[rows] = out
+        tokens, logprobs = parallel.all_sum(tokens), parallel.all_sum(logprobs)
         ended = torch.isin(tokens, torch.tensor(sorted(self.eos), device=tokens.device))
         truncated = ~ended.any(1)
         lengths = torch.where(truncated, limit, ended.int().argmax(1) + 1).tolist()
         answers = [row[:length] for row, length in zip(tokens.tolist(), lengths)]
         repeated = [prompt for prompt in prompts for _ in range(samples)]
-        sequences = Sequences.of(repeated, answers, self.pad, shared=samples > 1)
+        sequences = Sequences.of(repeated, answers, self.pad, shared=samples > 1 and ranks == 1)
         return Rollout(sequences, truncated, logprobs[:, : max(lengths)])
 
     def _sample(

@@ -1,0 +1,104 @@
+"""Processes that may be killed, forked from a server that has only imported."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["tests.trainer.test_checkpoint", "trainer.ppo", "trainer.reward"])
+
+
+def start(function, *arguments):
+    process = context.Process(target=_run, args=(function, *arguments))
+    process.start()
+    return process
+
+
+def run(function, *arguments) -> int:
+    """Exit code; -9 for one that was killed."""
+    return wait([start(function, *arguments)])[0]
+
+
+def wait(processes, seconds=90) -> list[int]:
+    """Their exit codes; whoever hangs is killed."""
+    until = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0, until - time.monotonic()))
+    hang = [process.exitcode is None for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    assert not any(hang), f"hang: {hang}"
+    return [process.exitcode for process in processes]
+
+
+def _run(function, *arguments):
+    import torch
+
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def kill_at(stage, step, number=signal.SIGKILL, rank=0):
+    """This process gets a signal, of kill -9, when this line of metrics.jsonl has been written."""
+    from trainer import parallel
+    from trainer.metrics import MetricsLog
+
+    write = MetricsLog.write
+
+    def write_and_die(self, of, at, *arguments, **labels):
+        write(self, of, at, *arguments, **labels)
+        if (of, at) == (stage, step) and parallel.rank() == rank:
+            os.kill(os.getpid(), number)
+
+    MetricsLog.write = write_and_die
+
+
+def train(overrides, output, stages, resume=False, kill=None):
+    """The stages one after another, as `gi train` runs them."""
+    import importlib
+
+    from tests.trainer import tiny
+    from trainer.metrics import RunFolder
+
+    if kill:
+        kill_at(*kill)
+    run = RunFolder(output)
+    config = tiny.config(output, *overrides)
+    for stage in stages:
+        importlib.import_module(f"trainer.{stage}").run(config, run, resume)
+
+
+def ranks(count, function, *arguments):
+    """function(*arguments) on this many ranks; their processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [
+        context.Process(target=_as_rank, args=(rank, count, port, function, *arguments))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def run_ranks(count, function, *arguments) -> list[int]:
+    return wait(ranks(count, function, *arguments))
+
+
+def _as_rank(rank, count, port, function, *arguments):
+    from trainer import parallel
+
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    parallel.start()
+    _run(function, *arguments)
+    parallel.stop()

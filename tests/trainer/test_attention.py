@@ -1,0 +1,91 @@
+"""Packed and padded sequences: the same log-probabilities, gradients and samples."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+
+from trainer import attention
+from trainer.batching import Sequences
+from trainer.models import Policy
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MODELS = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "sliding window": MistralConfig(**SIZES, sliding_window=7),
+}
+
+
+def ragged(count=9):
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 20, (count, 2), generator=draw).tolist()
+    rows = [[torch.randint(1, 40, (n,), generator=draw).tolist() for n in two] for two in lengths]
+    return Sequences.of([p for p, _ in rows], [a for _, a in rows], 0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_log_probabilities_and_gradients(name, checkpointing):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="sdpa")
+    policy, sequences, found = Policy(model.double().train()), ragged(), []
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    for packed in (False, True):
+        if packed:
+            assert attention.use_packed(model)
+        stats = policy(sequences)
+        policy.zero_grad()
+        (stats.logprobs.square().sum() + stats.entropy.sum()).backward()
+        gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
+        found.append((stats.logprobs, gradient))
+    (logprobs, gradient), (logprobs2, gradient2) = found
+    torch.testing.assert_close(logprobs2, logprobs, atol=1e-5, rtol=0)
+    assert (gradient2 - gradient).norm() < 1e-6 * gradient.norm()
+
+
+def test_float32_log_probabilities_and_no_leak_between_neighbours():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODELS["llama"], attn_implementation="sdpa")
+    policy, sequences = Policy(model), ragged()
+    want = policy(sequences).logprobs
+    attention.use_packed(model)
+    torch.testing.assert_close(policy(sequences).logprobs, want, atol=1e-5, rtol=0)
+    one = sequences.rows(torch.tensor([4]))
+    alone = policy(one).logprobs[0]
+    torch.testing.assert_close(policy(sequences).logprobs[4, : len(alone)], alone)
+
+
+def test_sampling_with_a_cache_is_as_before(tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODELS["llama"], attn_implementation="sdpa").eval()
+    inputs = {
+        "input_ids": torch.tensor([[0, 0, 5, 6, 7], [4, 3, 2, 1, 9]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
+    }
+    want = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    attention.use_packed(model)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False), want)
+    model.save_pretrained(tmp_path)  # the name is no part of a saved model
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config._attn_implementation != attention.PACKED
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_kernels_of_a_gpu(name):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "head_dim": 64}
+    config = type(MODELS[name])(**{**SIZES, **sizes, "sliding_window": 7})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    policy, sequences = Policy(model.cuda().bfloat16()), ragged(64)
+    want = policy(sequences).logprobs
+    attention.use_packed(model)
+    torch.testing.assert_close(policy(sequences).logprobs, want, atol=5e-2, rtol=0)
