@@ -1,9 +1,11 @@
 """On two ranks what one rank finds: losses, gradients, groups, metrics, models, resumed runs."""
 
+import os
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,8 +133,13 @@ def test_torchrun_goes_on_from_the_newest_checkpoint_when_a_rank_dies(tmp_path):
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
     config = [*tiny.SMALL, *SMALL, "run.stages=[sft]", "trainer.progress=true"]
     line = [sys.executable, *launch, "--standalone", script, "train", "toy", *config]
+    root = Path(__file__).parents[2]  # for the script, which lies elsewhere
     done = subprocess.run(
-        [*line, "--output", tmp_path / "run"], capture_output=True, text=True, timeout=240
+        [*line, "--output", tmp_path / "run"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"PYTHONPATH": str(root)},
     )
     assert done.returncode == 0, done.stderr
     assert "gi: rank 1: another rank is gone" in done.stderr
