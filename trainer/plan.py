@@ -160,8 +160,6 @@ def _need_columns(config: Config, pairs: list) -> None:
 
 def _need_packages(config: Config) -> None:
     wanted = [(f"trainer.log={name}", name, f"pip install {name}") for name in config.trainer.log]
-    if config.rollout.engine == "vllm":
-        wanted.append(("rollout.engine=vllm", "vllm", "pip install 'gikernels[vllm]'"))
     if config.model.attention.startswith("flash_attention"):
         wanted.append(
             (f"model.attention={config.model.attention}", "flash_attn", "pip install flash-attn")

@@ -86,7 +86,7 @@ def test_python_m_trainer():
         (["train", "toy", "run.stages=[sft, metarm]"], "stage metarm is not there yet"),
         (["train", "toy", "model.policy=./no/model"], "./no/model: model.policy: no such file or"),
         (["train", "toy", "data.prompts=no.jsonl"], "data.prompts: no.jsonl: no such file"),
-        (["train", "toy", "rollout.engine=vllm"], "rollout.engine=vllm: vllm is not installed"),
+        (["train", "toy", "rollout.engine=vllm"], "rollout.engine=vllm is not there yet"),
         (["train", "toy", "trainer.log=[wandb]"], "trainer.log=wandb: wandb is not installed"),
         (["ppo", "toy"], "run stage sft first"),
         (["eval", "toy"], "run stage sft first"),
