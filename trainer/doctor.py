@@ -15,7 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 OPTIONAL = {
-    "vllm": ("vLLM", "fast rollouts on GPUs", "pip install -c constraints.txt -e '.[vllm]'"),
+    "vllm": (
+        "vLLM",
+        "fast rollouts on GPUs, for a later version",
+        "pip install -c constraints.txt -e '.[vllm]'",
+    ),
     "flash_attn": ("flash-attn", "packed sequences on GPUs", "pip install flash-attn"),
     "tensorboard": ("TensorBoard", "trainer.log=[tensorboard]", "pip install tensorboard"),
     "wandb": ("Weights & Biases", "trainer.log=[wandb]", "pip install wandb"),

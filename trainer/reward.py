@@ -60,8 +60,8 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
         while state.step < settings.steps:
             timer, averages = Timer(), Averages()
             with timer("data"):
-                chosen = batch_indices(len(pairs), settings.batch, state.step, seed)
-                batch = [pairs[i] for i in chosen]
+                indices = batch_indices(len(pairs), settings.batch, state.step, seed)
+                batch = [pairs[i] for i in indices]
                 sequences = both_answers(batch, tokenizer.pad_token_id)
             with timer("train"), profiled(config, run, "rm", state.step + 1):
                 for rows, weight in pair_pieces(sequences, config.trainer.tokens_per_microbatch):
