@@ -6,6 +6,7 @@
     python -m bench.evidence --seeds 1-5          other seeds than each section's own number
     python -m bench.evidence --quick              a smoke run of a few minutes: no evidence
     python -m bench.evidence --analyse-only       the page, from what is there
+    python -m bench.evidence --seeds 100-102      tuning seeds: a page of their own, no evidence
 
 Killed, it goes on where it was. Results lie in --folder, one small file a run; a run whose settings
 have changed runs again (--again ARM runs it again anyway, after a change of the code).
@@ -23,16 +24,15 @@ from bench.evidence import matrix
 from bench.evidence.matrix import ARMS, SECTIONS, TUNING_SEEDS
 from bench.evidence.scheduler import Scheduler, Study, StudyError, cores
 from bench.evidence.store import Store
-from trainer.config import did_you_mean
-
-ROOT = Path(__file__).resolve().parents[2]
+from bench.report import ROOT, commit
+from trainer.config import ConfigError, did_you_mean
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(arguments)
     try:
         return study(args)
-    except (StudyError, BlockingIOError) as error:
+    except (StudyError, ConfigError) as error:
         print(f"evidence: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -46,7 +46,7 @@ def study(args: argparse.Namespace) -> int:
     tuning = any(seed in TUNING_SEEDS for each in seeds.values() for seed in each)
     folder = Path(args.folder) / ("quick" if args.quick else "tuning" if tuning else "")
     store = Store(folder)
-    extra = matrix.QUICK_OVERRIDES if args.quick else ()
+    extra = (*(matrix.QUICK_OVERRIDES if args.quick else ()), *args.set)
     runs = Study(store, extra)
     wanted = order(sections, seeds, _arms(args))
     if args.list:
@@ -60,13 +60,14 @@ def study(args: argparse.Namespace) -> int:
     if not args.analyse_only:
         # One thread a run: runs side by side use the cores better than threads of one run.
         os.environ["OMP_NUM_THREADS"] = "1"
-        from bench.__main__ import commit
-
         failed = Scheduler(runs, wanted, args.workers, commit()).run()
     from bench.evidence import page
 
     target = Path(args.output) if args.output else _output(args, folder, tuning)
-    print(page.write(runs, sections, seeds, target))
+    # The page is of all that is there, and not only of what this call asked for; where settings
+    # are others than the packaged ones, not every arm need be possible.
+    shown = list(dict.fromkeys(arm for arm, _ in wanted)) if runs.extra else list(ARMS)
+    print(page.write(runs, shown, target))
     if failed:
         names = ", ".join(f"{step.name} seed {step.seed}" for step in failed.values())
         print(f"evidence: failed, and missing above: {names}", file=sys.stderr)
@@ -141,7 +142,8 @@ def _forget(runs: Study, arm: str, seeds: Sequence[int]) -> None:
 
 def _output(args: argparse.Namespace, folder: Path, tuning: bool) -> Path:
     """Only evidence goes among the results that are kept."""
-    return folder / "report" if args.quick or tuning else ROOT / "bench" / "results"
+    own = args.quick or tuning or args.set
+    return folder / "report" if own else ROOT / "bench" / "results"
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -157,6 +159,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a smoke run")
     parser.add_argument("--analyse-only", action="store_true", help="run nothing")
     parser.add_argument("--again", action="append", default=[], metavar="ARM", help="drop results")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="for all runs: a setting"
+    )
     parser.add_argument("--list", action="store_true", help="sections, seeds and arms")
     parser.add_argument("--folder", default=str(ROOT / "runs" / "evidence"), help="results so far")
     parser.add_argument("--output", default="", help="where the page goes")

@@ -60,7 +60,7 @@ class Arm:
     disturb: tuple[tuple[str, float], ...] = ()
     """Disturbances that no setting gives; see disturb.py."""
     kind: str = "ppo"
-    """ppo, or sft: the model that PPO starts from, evaluated alone."""
+    """ppo, or evaluate: the SFT model that PPO starts from, as it is."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _trio(prefix: str, what: str, overrides: tuple[str, ...] = (), **more) -> tu
 
 def _world(name: str) -> tuple[Arm, ...]:
     return (
-        Arm(f"{name}/sft", f"SFT, {name}", world=name, kind="sft"),
+        Arm(f"{name}/sft", f"SFT, {name}", world=name, kind="evaluate"),
         *_trio(name, name, world=name),
         Arm(f"{name}/no_weights", f"no policy weights, {name}", ("groups.beta=0.0",), name),
         *(_ppo(coef, f"{name}/", world=name) for coef in FEW_COEFS),
@@ -117,7 +117,7 @@ def _world(name: str) -> tuple[Arm, ...]:
 
 
 _MAIN = (
-    Arm("sft", "SFT", kind="sft"),
+    Arm("sft", "SFT", kind="evaluate"),
     Arm("default", "group-invariant, as packaged"),
     _fixed("ppo_equal", "PPO at the method's mean coefficient", *PLAIN),
     Arm("no_weights", "without the variance term", ("groups.beta=0.0",)),
@@ -165,7 +165,7 @@ _PERFORMANCE = tuple(
     for how in ("over_reference", "quantile")
 )
 _UNRATED = (
-    Arm("unrated/sft", "SFT, unrated", world="unrated", kind="sft"),
+    Arm("unrated/sft", "SFT, unrated", world="unrated", kind="evaluate"),
     *_trio(
         "unrated",
         "over reference, pairs alone",

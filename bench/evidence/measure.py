@@ -26,6 +26,8 @@ Figures = dict[str, float]
 @dataclass(frozen=True)
 class Measure:
     title: str
+    short: str
+    """For the head of a column."""
     more_is_better: bool | None = None
     digits: int = 3
     gold: bool = False
@@ -33,34 +35,34 @@ class Measure:
 
 
 MEASURES: dict[str, Measure] = {
-    "worst_run": Measure("worst domain's gold, over the run", True, gold=True),
-    "worst_final": Measure("worst domain's gold, final", True, gold=True),
-    "hardest_run": Measure("hardest domain's gold, over the run", True, gold=True),
-    "hardest_final": Measure("hardest domain's gold, final", True, gold=True),
-    "gold_run": Measure("mean gold, over the run", True, gold=True),
-    "gold_final": Measure("mean gold, final", True, gold=True),
-    "share_run": Measure("gold by training share, over the run", True, gold=True),
-    "share_final": Measure("gold by training share, final", True, gold=True),
-    "ood_final": Measure("gold out of distribution, final", True, gold=True),
-    "gap_final": Measure("gap between domains, final", False, gold=True),
-    "hard_group": Measure("gold of the hard group", True, gold=True),
-    "hard_group_score": Measure("score of the hard group", True),
-    "group_gap": Measure("gap in gold between the groups", False, gold=True),
-    "own_worst_group": Measure("gold of its own worst group", True, gold=True),
-    "proxy_final": Measure("proxy, final", None),
-    "drift": Measure("proxy minus gold, since SFT", False, gold=True),
-    "gold_lost": Measure("gold lost since its best evaluation", False, gold=True),
-    "kl_final": Measure("KL, final", None, 2),
-    "kl_run": Measure("KL, over the run", None, 2),
-    "coef": Measure("mean KL coefficient", None),
-    "noise": Measure("variance of the score about its running mean", False, 5),
-    "collapses": Measure("collapses of gold", False, 2),
-    "ami": Measure("agreement of group and domain (AMI)", True),
-    "difficulty": Measure("correlation of group and SFT gold", True),
-    "mass": Measure("share of the hardest group", None),
-    "weight": Measure("mean weight of the hardest group", None),
-    "clamped": Measure("share of clamped weights", None),
-    "seconds": Measure("seconds", None, 0),
+    "worst_run": Measure("worst domain's gold, over the run", "worst, run", True, gold=True),
+    "worst_final": Measure("worst domain's gold, final", "worst, final", True, gold=True),
+    "hardest_run": Measure("hardest domain's gold, over the run", "hardest, run", True, gold=True),
+    "hardest_final": Measure("hardest domain's gold, final", "hardest, final", True, gold=True),
+    "gold_run": Measure("mean gold, over the run", "mean, run", True, gold=True),
+    "gold_final": Measure("mean gold, final", "mean, final", True, gold=True),
+    "share_run": Measure("gold by training share, over the run", "by share, run", True, gold=True),
+    "share_final": Measure("gold by training share, final", "by share, final", True, gold=True),
+    "ood_final": Measure("gold out of distribution, final", "out of distribution", True, gold=True),
+    "gap_final": Measure("gap between domains, final", "gap", False, gold=True),
+    "hard_group": Measure("gold of the hard group", "hard group, gold", True, gold=True),
+    "hard_group_score": Measure("score of the hard group", "hard group, score", True),
+    "group_gap": Measure("gap in gold between the groups", "gap of groups", False, gold=True),
+    "own_worst_group": Measure("gold of its own worst group", "own worst group", True, gold=True),
+    "proxy_final": Measure("proxy, final", "proxy", None),
+    "drift": Measure("proxy minus gold, since SFT", "proxy - gold", False, gold=True),
+    "gold_lost": Measure("gold lost since its best evaluation", "gold lost", False, gold=True),
+    "kl_final": Measure("KL, final", "KL", None, 2),
+    "kl_run": Measure("KL, over the run", "KL, run", None, 2),
+    "coef": Measure("mean KL coefficient", "coefficient", None),
+    "noise": Measure("variance of the score about its running mean", "score's variance", False, 5),
+    "collapses": Measure("collapses of gold", "collapses", False, 2),
+    "ami": Measure("agreement of group and domain (AMI)", "AMI", True),
+    "difficulty": Measure("correlation of group and SFT gold", "corr. with SFT gold", True),
+    "mass": Measure("share of the hardest group", "mass", None),
+    "weight": Measure("mean weight of the hardest group", "weight", None),
+    "clamped": Measure("share of clamped weights", "clamped", None),
+    "seconds": Measure("seconds", "seconds", None, 0),
 }
 MARGIN = 0.02
 """Differences of gold below this matter to nobody; `not below` means by no more than this."""
@@ -210,45 +212,34 @@ class Runs:
             and name.rpartition("/")[0] in ("", world)
         ]
 
-    def best_ppo(self, world: str, measure: str, seeds: Sequence[int]) -> str | None:
-        """By its mean over these seeds; only of those that all of them have."""
-        whole = [
-            name for name in self.sweep(world) if set(seeds) <= self.values(name, measure).keys()
-        ]
-        if not whole or not seeds:
-            return None
+    def best_ppo(self, world: str, measure: str, seeds: Sequence[int]) -> str:
+        """By its mean over these seeds, which every coefficient has."""
 
         def score(name: str) -> float:
             values = self.values(name, measure)
             return _mean([values[seed] for seed in seeds])
 
-        return max(whole, key=score)
+        return max(self.sweep(world), key=score)
 
     def against_best(
         self, ours: str, measure: str, hindsight: bool = True
     ) -> tuple[Interval | None, str]:
         """ours - PPO at its best coefficient for this measure, and which that is. In hindsight: the
         best on these very seeds, which flatters PPO; else for each seed the best on the others."""
-        mine = self.values(ours, measure)
-        world = ARMS[ours].world
-        if hindsight:
-            best = self.best_ppo(world, measure, list(mine))
-            if best is None:
-                return None, ""
-            return difference(mine, self.values(best, measure)), best
-        theirs, names = {}, []
-        for seed in mine:
-            best = self.best_ppo(world, measure, [other for other in mine if other != seed])
-            if best is not None and seed in self.values(best, measure):
-                theirs[seed] = self.values(best, measure)[seed]
-                names.append(best)
-        return difference(mine, theirs), ", ".join(dict.fromkeys(names))
+        mine, world = self.values(ours, measure), ARMS[ours].world
+        seeds = set(mine).intersection(*(self.values(name, measure) for name in self.sweep(world)))
+        if not self.sweep(world) or len(seeds) < (1 if hindsight else 2):
+            return None, ""
+        judged_on = {seed: seeds if hindsight else seeds - {seed} for seed in sorted(seeds)}
+        best = {seed: self.best_ppo(world, measure, sorted(on)) for seed, on in judged_on.items()}
+        theirs = {seed: self.values(name, measure)[seed] for seed, name in best.items()}
+        return difference(mine, theirs), ", ".join(dict.fromkeys(best.values()))
 
     def _against_frontier(self, name: str) -> None:
         """coef:<measure> and kl:<measure>: what an arm has above PPO's curve at its own mean
         coefficient, and at its own KL. Between PPO's points the curve is straight."""
         sweep = self.sweep(ARMS[name].world)
-        if ARMS[name].kind != "ppo" or name in sweep or not _plain_world(ARMS[name]):
+        if ARMS[name].kind == "evaluate" or name in sweep or not _plain_world(ARMS[name]):
             return
         for seed, mine in self.figures[name].items():
             points = [self.figures[other][seed] for other in sweep if seed in self.figures[other]]

@@ -50,29 +50,6 @@ GROUPS = (
 )
 STABILITY = ("noise", "collapses", "gold_lost", "seconds")
 COMPARED = ("worst_run", "worst_final", "gold_run", "gold_final")
-SHORT = {
-    "worst_run": "worst, run",
-    "worst_final": "worst, final",
-    "hardest_run": "hardest, run",
-    "gold_run": "mean, run",
-    "gold_final": "mean, final",
-    "share_final": "by share, final",
-    "ood_final": "out of distr.",
-    "gap_final": "gap",
-    "drift": "proxy - gold",
-    "kl_final": "KL",
-    "coef": "coefficient",
-    "ami": "AMI",
-    "difficulty": "corr. with SFT gold",
-    "own_worst_group": "own worst group",
-    "hard_group": "hard group, gold",
-    "hard_group_score": "hard group, score",
-    "group_gap": "gap of groups",
-    "noise": "score's variance",
-    "gold_lost": "gold lost",
-    "proxy_final": "proxy",
-}
-
 PAGE_STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 1120px;
   padding: 24px 20px 60px; }
@@ -98,37 +75,45 @@ class Block:
     rows: tuple[tuple[str, ...], ...] = ()
 
 
-def write(
-    study: Study, sections: Sequence[str], seeds: Mapping[str, Sequence[int]], target: Path
-) -> str:
-    """Everything into `target`; what to print: the claims, and where the rest is."""
-    arms = list(dict.fromkeys(arm for name in sections for arm in SECTIONS[name].arms))
-    every = sorted({seed for each in seeds.values() for seed in each})
-    runs = Runs(study, arms, every)
+def write(study: Study, arms: Sequence[str], target: Path) -> str:
+    """What is there of these arms into `target`; what to print: the claims, and where that is."""
+    seeds = sorted({record["seed"] for record in study.store.records.values()})
+    runs = Runs(study, arms, seeds)
     if not runs.figures:
         return "no results yet"
     target.mkdir(parents=True, exist_ok=True)
     seen = claims.table(runs)
     blocks = [
-        *_opening(runs, every),
+        *_opening(runs),
         *_claims(seen),
         *plots(runs, target),
         *_wins(runs),
-        *(block for name in sections for block in _section(runs, SECTIONS[name])),
+        *(block for section in SECTIONS.values() for block in _section(runs, section)),
         *_definitions(),
     ]
     title = "Evidence" if study.extra == () else "Evidence: a smoke run, which shows nothing"
     (target / "evidence.md").write_text(_markdown(title, blocks))
     (target / "evidence.html").write_text(_html(title, blocks, target))
     (target / "evidence.json").write_text(json.dumps(_plain(runs, seen), indent=1) + "\n")
-    shown = _claims([row for row in seen if row.verdict != claims.NO_DATA])[-1]
-    return f"{_aligned(shown)}\n\n{target / 'evidence.md'}"
+    lines = [
+        (
+            row.claim.text,
+            row.claim.figure,
+            row.claim.compared,
+            _interval(row.interval),
+            _bootstrap(row.interval),
+            row.verdict,
+        )
+        for row in seen
+        if row.verdict != claims.NO_DATA
+    ]
+    return f"{_aligned(lines)}\n\n{target / 'evidence.md'}"
 
 
 # --- blocks -------------------------------------------------------------------------------------
 
 
-def _opening(runs: Runs, seeds: Sequence[int]) -> list[Block]:
+def _opening(runs: Runs) -> list[Block]:
     records = [record for each in runs.records.values() for record in each.values()]
     commits = ", ".join(sorted({record["commit"] for record in records}))
     there = sorted({record["seed"] for record in records})
@@ -136,33 +121,39 @@ def _opening(runs: Runs, seeds: Sequence[int]) -> list[Block]:
         f"{len(records)} runs of the toy world, seeds {', '.join(map(str, there))}, commit "
         f"{commits}. `python -m bench.evidence` makes this page again; docs/evidence.md reads it.",
     ]
-    if set(seeds) & set(TUNING_SEEDS):
+    if set(there) & set(TUNING_SEEDS):
         lines.append("**These are tuning seeds: no evidence.**")
     return [Block("text", line) for line in lines]
 
 
 def _claims(seen: Sequence[claims.Seen]) -> list[Block]:
-    rows = [
-        (
-            row.claim.text,
-            row.claim.source,
-            row.claim.what,
-            _interval(row.interval),
-            row.verdict,
-        )
-        for row in seen
-    ]
+    """A row for each claim, with all the figures that speak to it."""
+    together: dict[str, list[claims.Seen]] = {}
+    for row in seen:
+        if row.verdict != claims.NO_DATA:
+            together.setdefault(row.claim.text, []).append(row)
+    rows = []
+    for text, some in together.items():
+        figures = "\n".join(f"{row.claim.figure} {_interval(row.interval)}" for row in some)
+        compared = "\n".join(dict.fromkeys(row.claim.compared for row in some))
+        verdicts = list(dict.fromkeys(row.verdict for row in some))
+        if len(verdicts) > 1:
+            verdicts = [f"{row.claim.figure}: {row.verdict}" for row in some]
+        rows.append((text, some[0].claim.source, compared, figures, "\n".join(verdicts)))
     about = (
         "Each difference is paired by seed, in brackets its 95 % interval (Student's t) and the "
         "number of seeds. Holds: the interval lies on the claim's side of 0 (`no worse`, `not "
-        f"below`: above -{MARGIN}). No difference: it lies within {MARGIN} of 0. Undecided: none "
-        "of these; more seeds would tell."
+        f"below`, `no cost`: above -{MARGIN}). No difference: it lies within {MARGIN} of 0. "
+        "Undecided: none of these; more seeds would tell. Worst, hardest: domains; mean: over "
+        "domains; by share: as often as training has them; run: over the evaluations during "
+        "training; final: the last policy."
     )
-    head = ("claim", "whose", "figure", "seen", "verdict")
+    missing = dict.fromkeys(row.claim.text for row in seen if row.verdict == claims.NO_DATA)
     return [
         Block("heading", "What is claimed and what we see"),
         Block("text", about),
-        Block("table", head=head, rows=tuple(rows)),
+        Block("table", head=("claim", "whose", "compared", "seen", "verdict"), rows=tuple(rows)),
+        *([Block("text", f"Not run: {'; '.join(missing)}.")] if missing else []),
     ]
 
 
@@ -291,7 +282,7 @@ def _means(runs: Runs, arm: str, names: Sequence[str]) -> list[str]:
 
 
 def _head(names: Sequence[str]) -> tuple[str, ...]:
-    return ("", *(SHORT.get(name, name) for name in names))
+    return ("", *(MEASURES[name].short for name in names))
 
 
 def _definitions() -> list[Block]:
@@ -323,6 +314,13 @@ def _interval(seen: Interval | None) -> str:
     if math.isnan(seen.low):
         return f"{seen.mean:+.{digits}f} (1)"
     return f"{seen.mean:+.{digits}f} [{seen.low:+.{digits}f}, {seen.high:+.{digits}f}] ({seen.n})"
+
+
+def _bootstrap(seen: Interval | None) -> str:
+    """Over seeds; narrower than Student's with few of them."""
+    if seen is None or math.isnan(seen.low):
+        return ""
+    return "bootstrap [{:+.3f}, {:+.3f}]".format(*seen.bootstrap)
 
 
 # --- plots --------------------------------------------------------------------------------------
@@ -410,7 +408,12 @@ def _frontier(runs: Runs) -> Figure | None:
     if len(sweep) < 2 or "default" not in runs.figures:
         return None
     figure = Figure(figsize=(9.6, 6.4))
-    others = [arm for arm in ("default", "no_weights", "fixed_kl", "sft") if arm in runs.figures]
+    beside = {
+        "default": RUN_COLOURS[0],
+        "no_weights": RUN_COLOURS[2],
+        "fixed_kl": RUN_COLOURS[3],
+        "sft": SFT_COLOUR,
+    }
     for place, (x, y) in enumerate(
         (
             ("coef", "worst_run"),
@@ -425,8 +428,7 @@ def _frontier(runs: Runs) -> Figure | None:
         axes.set_title(MEASURES[y].title)
         points = sorted((runs.mean(arm, x), runs.mean(arm, y)) for arm in sweep)
         axes.plot(*zip(*points), color=RUN_COLOURS[1], marker="o", label="PPO, each coefficient")
-        colours = (RUN_COLOURS[0], RUN_COLOURS[2], RUN_COLOURS[3], SFT_COLOUR)
-        for arm, colour in zip(others, colours):
+        for arm, colour in beside.items():
             if (at := runs.mean(arm, x)) is not None:
                 height = runs.mean(arm, y)
                 axes.scatter([at], [height], color=colour, s=60, zorder=3, label=ARMS[arm].title)
@@ -478,7 +480,8 @@ def _markdown(title: str, blocks: Sequence[Block]) -> str:
         elif block.kind == "table":
             lines.append(f"| {' | '.join(block.head)} |")
             lines.append(f"|{'---|' * len(block.head)}")
-            lines += [f"| {' | '.join(row)} |" for row in block.rows]
+            rows = (" | ".join(row).replace("\n", "<br>") for row in block.rows)
+            lines += [f"| {row} |" for row in rows]
             lines.append("")
         else:
             lines += [block.text, ""]
@@ -512,15 +515,15 @@ def _html(title: str, blocks: Sequence[Block], target: Path) -> str:
 
 
 def _html_row(row: Sequence[str]) -> str:
-    first, *rest = row
-    cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)
-    return f"<tr><th>{escape(first)}</th>{cells}</tr>"
+    first, *rest = (escape(cell).replace("\n", "<br>") for cell in row)
+    return f"<tr><th>{first}</th>{''.join(f'<td>{cell}</td>' for cell in rest)}</tr>"
 
 
-def _aligned(block: Block) -> str:
-    """A table for the terminal."""
-    rows = [block.head, *block.rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(block.head))]
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns for the terminal."""
+    if not rows:
+        return "nothing to compare yet"
+    widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
     )
@@ -549,7 +552,8 @@ def _plain(runs: Runs, seen: Sequence[claims.Seen]) -> dict:
                 "claim": row.claim.text,
                 "source": row.claim.source,
                 "want": row.claim.want,
-                "figure": row.claim.what,
+                "figure": row.claim.figure,
+                "compared": row.claim.compared,
                 "verdict": row.verdict,
                 "seen": _without_nan(asdict(row.interval)) if row.interval else None,
             }

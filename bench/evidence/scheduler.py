@@ -58,7 +58,7 @@ class Study:
 
     def __init__(self, store: Store, extra: Sequence[str] = ()) -> None:
         self.store, self.extra = store, tuple(extra)
-        self.packaged = settings.load(CONFIG, PRIVATE)
+        self.packaged = settings.load(CONFIG, [*PRIVATE, *extra])
         self.found: dict[tuple[str, int], Path] = {}
         self.models: dict[tuple[str, str, int], Path] = {}
 
@@ -121,14 +121,13 @@ class Study:
             f"model.reward={self._models_of('rm', arm.world, seed)}",
         ]
         config = self.load(seed, "ppo", overrides)
-        kind = "evaluate" if arm.kind == "sft" else "ppo"
-        made_by = settings_of(config, kind, dict(arm.disturb))
-        return Step(kind, arm.name, seed, config, made_by, arm.disturb)
+        made_by = settings_of(config, arm.kind, dict(arm.disturb))
+        return Step(arm.kind, arm.name, seed, config, made_by, arm.disturb)
 
     def load(self, seed: int, stage: str, overrides: Sequence[str]) -> Config:
         """A world of its own for each seed, so that no prompt of the tuning seeds comes back."""
         about = (f"run.seed={seed}", f"toy.seed={seed}", f"run.stages=[{stage}]")
-        return self.packaged.override([*about, *self.extra, *overrides])
+        return self.packaged.override([*about, *overrides])
 
 
 def mean_coefficient(result: dict) -> float:
