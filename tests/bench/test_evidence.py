@@ -16,7 +16,7 @@ import torch
 from bench.evidence import __main__ as command
 from bench.evidence import claims, disturb, measure, stats
 from bench.evidence.matrix import ARMS, SECTIONS, WORLDS
-from bench.evidence.scheduler import Study, mean_coefficient
+from bench.evidence.scheduler import Study, StudyError, alone_in, mean_coefficient
 from bench.evidence.stats import Interval, interval
 from bench.evidence.store import Store, changed, settings_of
 from trainer import config as settings
@@ -140,6 +140,14 @@ def test_a_file_that_is_no_record_is_no_result(store):
     (path,) = store.folder.glob("results/*.json")
     path.write_text(path.read_text()[:40])
     assert Store(store.folder).find(settings_for("kl.coef=0.3")) is None
+
+
+def test_two_studies_do_not_share_a_folder(tmp_path):
+    refused = pytest.raises(StudyError, match="another study is running")
+    with alone_in(tmp_path), refused, alone_in(tmp_path):
+        pass
+    with alone_in(tmp_path):  # the first has ended
+        pass
 
 
 # --- statistics -----------------------------------------------------------------------------------
