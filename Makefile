@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup test lint types unit train bench format clean
+.PHONY: setup test lint types unit train bench evidence format clean
 
 setup: $(VENV)/.ready
 
@@ -41,6 +41,10 @@ $(VENV)/.trainer: pyproject.toml constraints.txt
 # see python -m bench --help.
 bench: $(VENV)/.bench-ready
 	$(BIN)/python -m bench $(ARGS)
+
+# The study behind the claims: hours on two cores, resumable. ARGS='--quick': a smoke run.
+evidence: $(VENV)/.trainer
+	$(BIN)/python -m bench.evidence $(ARGS)
 
 $(VENV)/.bench-ready: $(VENV)/.ready
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'

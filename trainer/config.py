@@ -188,6 +188,8 @@ class Toy:
         default_factory=lambda: {"copy": 0.0, "reverse": 0.25, "sort": 0.45, "increment": 0.65}
     )
     """Share of each domain's demonstrations that only copy."""
+    pairs: Mapping[str, float] = field(default_factory=dict)
+    """Share of each domain's prompts that annotators see, where it is not 1: thin feedback."""
     symbols: int = 6
     """How many letters there are."""
     min_length: int = 3
@@ -231,9 +233,12 @@ class Toy:
         for name, share in self.shares.items():
             _want(name in OPERATIONS, f"toy.shares.{name}", name, _choices(name, OPERATIONS))
             _want(share > 0, f"toy.shares.{name}", share, "more than 0")
-        for name, share in self.lazy.items():
-            _want(name in self.shares, f"toy.lazy.{name}", name, _choices(name, self.domains))
-            _want(0 <= share <= 1, f"toy.lazy.{name}", share, "a share, 0 to 1")
+        for key in ("lazy", "pairs"):
+            for name, share in getattr(self, key).items():
+                _want(name in self.shares, f"toy.{key}.{name}", name, _choices(name, self.domains))
+                _want(0 <= share <= 1, f"toy.{key}.{name}", share, "a share, 0 to 1")
+        seen = [name for name in self.shares if self.pairs.get(name, 1) > 0]
+        _want(len(seen) > 0, "toy.pairs", dict(self.pairs), "more than 0 for some domain")
         _want(2 <= self.symbols <= 18, "toy.symbols", self.symbols, "2 to 18")
         _want(self.min_length >= 2, "toy.min_length", self.min_length, "2 or more")
         _want(

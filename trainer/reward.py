@@ -167,7 +167,7 @@ def toy_pairs(config, policy: models.Policy, tokenizer) -> list[Pair]:
 
     world, seed = World(config.toy), config.run.seed
     # 0 draws the prompts of PPO, which the reward model should not know by heart.
-    prompts = world.prompts(config.rm.pairs, "train", seed=seed + 1)
+    prompts = world.annotated(world.prompts(config.rm.pairs, "train", seed=seed + 1), seed)
     engine = make_engine(config, tokenizer)
     engine.sync(policy)
     rollout = engine.generate(

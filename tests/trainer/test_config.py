@@ -53,6 +53,8 @@ def test_keys_that_yaml_1_1_takes_for_truth_values(tmp_path):
     ("override", "message"),
     [
         ("groups.bta=1", "groups.bta: unknown key (did you mean beta?)"),
+        ("toy.pairs={sort: 1.5}", "toy.pairs.sort: is 1.5; want a share, 0 to 1"),
+        ("toy.pairs={sotr: 1}", "toy.pairs.sotr: is 'sotr'; want one of"),
         ("lr=1", "unknown section (did you mean sft.lr or rm.lr or ppo.lr?)"),
         ("groups.beta=abc", "groups.beta: is 'abc'; want number"),
         ("groups.beta=true", "groups.beta: is True; want number"),
