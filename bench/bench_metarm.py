@@ -106,7 +106,8 @@ def one_seed(folder: Path, seed: int, variants: list[str], rounds: int, extra: l
             shutil.copytree(base.path / "models", aside / "models")
             shutil.copy(base.pairs, aside)
             aside.rename(run.path)
-        metarm.run(setting(run, seed, rounds, [*extra, *VARIANTS[name]]), run, resume=True)
+        overrides = [*extra, "rm.batch=64", *VARIANTS[name]]
+        metarm.run(setting(run, seed, rounds, overrides), run, resume=True)
 
 
 def setting(run: RunFolder, seed: int, rounds: int, extra: list[str]):
