@@ -618,7 +618,7 @@ class MetaRm:
     meta_batch: int = 16
     """Prompts of a step, beside rm.batch pairs."""
     test_prompts: int = 256
-    """Prompts, unseen in training, whose answers measure a round."""
+    """Prompts whose answers measure a round, of data.eval_prompts if it is there."""
     steps: int = 100
     """Steps of the reward model in a round."""
     lr: float = 5e-6

@@ -40,10 +40,10 @@ from trainer.evaluate import by_label, make_judge
 from trainer.experience import forward_models
 from trainer.faults import Guard
 from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, progress, say
-from trainer.models import RewardModel
+from trainer.models import Policy, RewardModel
 from trainer.optim import Optimizer
 from trainer.profiling import profiled
-from trainer.rollout import make_engine
+from trainer.rollout import Rollout, check_logprobs, make_engine
 
 STAGE, ROUND = "metarm", "round"
 """Names of marks: a round's reward model is trained; a round is over."""
@@ -87,9 +87,7 @@ def train_reward_model(t: Setup, n: int, before: RunFolder, after: RunFolder, re
     config, settings, seed = t.config, t.config.metarm, t.config.run.seed
     if resume and finished(after, STAGE, settings.steps):
         return
-    chosen = batch_indices(len(t.meta_prompts), settings.meta_prompts, n, seed, "meta prompts")
-    policy = str(before.model("policy"))
-    answers = sample(t, policy, [t.meta_prompts[i] for i in chosen], "meta", n).sequences
+    answers = sample_meta(t, str(before.model("policy")), n)
     model = models.load_reward_model(str(before.model("rm")), t.precise).train()
     guard = Guard(config.trainer.max_skipped)
     optimizer = Optimizer(
@@ -309,21 +307,31 @@ class Answers:
     gold: Tensor | None  # (S) where a program can judge
 
 
-def sample(t: Setup, policy: str, prompts: list[Prompt], *names: object):
+def sample(t: Setup, policy: Policy, prompts: list[Prompt], *names: object) -> Rollout:
     """k answers a prompt; a function of the policy and the names alone."""
     engine = make_engine(t.config, t.tokenizer)
-    engine.sync(models.frozen(models.load_policy(policy, t.config)))
+    engine.sync(policy)
     draws = parallel.generator(t.config.run.seed, STAGE, *names)
     return engine.generate([p.ids for p in prompts], t.config.metarm.samples, draws)
+
+
+def sample_meta(t: Setup, policy: str, n: int) -> Sequences:
+    """(meta_prompts * k), those to a prompt side by side."""
+    count, seed = t.config.metarm.meta_prompts, t.config.run.seed
+    chosen = batch_indices(len(t.meta_prompts), count, n, seed, "meta prompts")
+    prompts = [t.meta_prompts[i] for i in chosen]
+    ours = models.frozen(models.load_policy(policy, t.config))
+    return sample(t, ours, prompts, "meta", n).sequences
 
 
 def sample_test(t: Setup, policy: str) -> Answers:
     """The same prompts and random numbers every time: what differs is the policy."""
     k, config = t.config.metarm.samples, t.config
-    sequences = sample(t, policy, t.test_prompts, "test").sequences
-    prompts = [p for p in t.test_prompts for _ in range(k)]
     ours, theirs = (models.frozen(models.load_policy(name, config)) for name in (policy, t.sft))
+    rollout = sample(t, ours, t.test_prompts, "test")
+    sequences, prompts = rollout.sequences, [p for p in t.test_prompts for _ in range(k)]
     out = forward_models(config, ours, theirs, None, sequences)
+    check_logprobs(rollout, out.logprobs, config.rollout.logprob_bound)
     shift = config.metarm.prompts == "ood"
     by_program = make_judge(config, config.data.ood_prompts if shift else config.data.eval_prompts)
     return Answers(
