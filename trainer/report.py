@@ -598,11 +598,7 @@ def _one_round(run: Run, line: dict[str, Any], suffix: str) -> Panels:
         ),
         _by_round(
             inner.evaluations,
-            {
-                "eval/proxy": ("proxy", SCALE[2]),
-                "eval/gold": ("gold", SCALE[0]),
-                "eval/kl": ("KL", SFT_COLOUR),
-            },
+            {"eval/proxy": ("proxy", SCALE[2]), "eval/gold": ("gold", SCALE[0])},
             f"Round {n}: PPO with it{suffix}",
             f"{name}_ppo",
             "On the evaluation prompts.",
