@@ -23,7 +23,7 @@ commands
   sft      supervised fine-tuning
   rm       the reward model
   ppo      policy optimisation, group-invariant unless groups.inference=none
-  metarm   MetaRM rounds
+  metarm   rounds of a reward model that follows the policy, and of PPO with it
   eval     score a model on the evaluation prompts, by domain and group
   report   write report.html and plots of a run; `gi report A B` compares runs
   doctor   what this machine has, what is missing and how to get it
@@ -42,9 +42,6 @@ gi report runs/toy runs/b0                     the two side by side
 """
 STAGES = ("sft", "rm", "ppo", "metarm")
 COMMANDS = ("train", *STAGES, "eval", "report", "doctor", "keys")
-NOT_THERE_YET = ("metarm",)
-RESUMABLE = ("sft", "rm", "ppo")
-"""Stages that can go on from a checkpoint."""
 
 
 class UsageError(ValueError):
@@ -120,7 +117,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.output:
         overrides.append(f"run.output={args.output}")
     config = settings.load(args.config, overrides)
-    stages = config.run.stages if args.command == "train" else (args.command,)
+    stages = config.stages if args.command == "train" else (args.command,)
     # torchrun starts a fallen run again with the same words: it goes on, and not from the start.
     resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     _refuse_what_is_missing(config, stages, resume)
@@ -141,12 +138,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def _refuse_what_is_missing(config: Config, stages: Sequence[str], resume: bool) -> None:
     """Say plainly what this version cannot do, instead of doing something else."""
-    for stage in stages:
-        if stage in NOT_THERE_YET:
-            raise UsageError(f"stage {stage} is not there yet")
     if config.rollout.engine != "hf":
         raise UsageError(f"rollout.engine={config.rollout.engine} is not there yet: use hf")
-    if resume and not set(stages) <= set(RESUMABLE):
+    if "metarm" in stages and config.metarm.rounds == 0:
+        raise ConfigError("is 0; want 1 or more", "metarm.rounds")
+    if resume and not set(stages) <= set(STAGES):
         raise UsageError(f"--resume is not there yet for {', '.join(stages)}")
 
 
@@ -170,7 +166,7 @@ def _check_folder(config: Config, command: str, resume: bool) -> None:
 def _execute(config: Config, command: str, stages: Sequence[str], resume: bool) -> None:
     import importlib
 
-    from trainer import checkpoint, models, parallel
+    from trainer import checkpoint, metarm, models, parallel
     from trainer.metrics import RunFolder, say
 
     if config.run.threads:
@@ -186,13 +182,14 @@ def _execute(config: Config, command: str, stages: Sequence[str], resume: bool) 
     if command != "eval" and parallel.is_main():
         run.path.mkdir(parents=True, exist_ok=True)
         run.config.write_text(config.to_yaml(), encoding="utf-8")
-    if not resume:
+    if not resume and command != "eval":
+        metarm.undo(run)
         for stage in stages:  # else --resume would take an earlier run's stages for this one's
             checkpoint.forget(run, stage)
     say(f"on {parallel.describe()}, {models.describe_attention(config)}")
-    modules = {"sft": "sft", "rm": "reward", "ppo": "ppo", "eval": "evaluate"}
+    modules = {"rm": "reward", "eval": "evaluate"}
     for stage in stages:
-        importlib.import_module(f"trainer.{modules[stage]}").run(config, run, resume)
+        importlib.import_module(f"trainer.{modules.get(stage, stage)}").run(config, run, resume)
     if command == "train" and parallel.is_main():
         from trainer import report
 

@@ -81,6 +81,8 @@ class Model:
     """Where the policy starts: a path, a Hugging Face name, or toy (built from the section toy)."""
     reward: str = ""
     """Reward model: a path or a name; empty: the one that stage rm trains."""
+    reference: str = ""
+    """Policy that the KL penalty holds on to: a path or a name; empty: where the policy starts."""
     critic: str = "reward"
     """Where the critic starts: reward, policy, or a path."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -622,6 +624,50 @@ class Kl:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MetaRm:
+    """Rounds after PPO in which the reward model follows the policy's shift, without new labels:
+    answers of today's policy, reward model over the original pairs, PPO with the new one."""
+
+    rounds: int = 0
+    """How many; 0: none."""
+    variant: Literal["none", "literal", "normalised", "additive", "supported"] = "none"
+    """How answers without labels enter; none: as many plain steps on the pairs, the control."""
+    step: float = 1.0
+    """eta, the length of the ascent on the spread J; additive: its weight lambda. Literal: times
+    the gradient, which is small."""
+    prompts: Literal["train", "ood"] = "train"
+    """Where the answered prompts come from: data.prompts, or data.ood_prompts (every other one, the
+    rest is for measuring)."""
+    meta_prompts: int = 512
+    """Prompts that the policy answers for a round's training."""
+    samples: int = 5
+    """k, answers to each of them."""
+    meta_batch: int = 16
+    """Prompts of a step, beside rm.batch pairs."""
+    test_prompts: int = 256
+    """Prompts whose answers measure a round, of data.eval_prompts if it is there."""
+    steps: int = 100
+    """Steps of the reward model in a round."""
+    lr: float = 5e-6
+    """Its learning rate, after rm.warmup; it falls to a tenth along a cosine."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of its compute. An ascent of 5e-6 is below the resolution of bfloat16 weights, so
+    there it would all but vanish."""
+    ppo_steps: int = 0
+    """PPO iterations of a round; 0: ppo.steps."""
+    policy: Literal["previous", "sft"] = "previous"
+    """Where a round's policy starts; the KL penalty always holds on to the SFT model."""
+
+    def __post_init__(self) -> None:
+        for key in ("rounds", "step", "ppo_steps"):
+            _want(getattr(self, key) >= 0, f"metarm.{key}", getattr(self, key), "0 or more")
+        for key in ("meta_prompts", "meta_batch", "test_prompts", "steps"):
+            _want(getattr(self, key) > 0, f"metarm.{key}", getattr(self, key), "1 or more")
+        _want(self.samples >= 2, "metarm.samples", self.samples, "2 or more: they are compared")
+        _want(self.lr > 0, "metarm.lr", self.lr, "more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Eval:
     every: int = 20
     """PPO steps between evaluations; 0: only before and after."""
@@ -704,6 +750,8 @@ class Config:
     """Group-invariant learning."""
     kl: Kl = field(default_factory=Kl)
     """The KL penalty."""
+    metarm: MetaRm = field(default_factory=MetaRm)
+    """Rounds of a reward model that follows the policy."""
     eval: Eval = field(default_factory=Eval)
     """When and on how much the policy is evaluated."""
     trainer: Trainer = field(default_factory=Trainer)
@@ -741,6 +789,30 @@ class Config:
             "reward",
             "policy or a path: with reward.model_weight=0 there is no reward model to start from",
         )
+        _want(
+            self.metarm.rounds == 0 or self.model.reward == "",
+            "metarm.rounds",
+            self.metarm.rounds,
+            "0 with model.reward: rounds go on with the reward model that stage rm made",
+        )
+        _want(
+            self.metarm.rounds == 0 or self.reward.model_weight != 0,
+            "metarm.rounds",
+            self.metarm.rounds,
+            "0 with reward.model_weight=0: there is no reward model",
+        )
+        _want(
+            self.metarm.prompts == "train" or self.data.ood_prompts != "",
+            "metarm.prompts",
+            self.metarm.prompts,
+            "train, or a source in data.ood_prompts",
+        )
+        _want(
+            "metarm" not in self.run.stages or self.metarm.rounds > 0,
+            "metarm.rounds",
+            self.metarm.rounds,
+            "1 or more with stage metarm",
+        )
         for name in self.baselines:
             _want(
                 re.fullmatch(r"[\w.+-]+", name) is not None,
@@ -748,6 +820,13 @@ class Config:
                 name,
                 "a name of letters, digits, . + - _",
             )
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """What `train` does: the stages of the run, and MetaRM's rounds behind PPO if asked for."""
+        rounds = self.metarm.rounds > 0 and "ppo" in self.run.stages
+        asked = self.run.stages
+        return (*asked, "metarm") if rounds and "metarm" not in asked else asked
 
     def to_dict(self) -> dict[str, Any]:
         return _plain(self)

@@ -55,6 +55,20 @@ class RunFolder:
         """models/sft, models/rm or models/policy, in Hugging Face format."""
         return self.path / "models" / name
 
+    @property
+    def pairs(self) -> Path:
+        """Pairs of the toy world, as they were sampled."""
+        return self.path / "pairs.jsonl"
+
+    @property
+    def answers(self) -> Path:
+        """Of a round's policy, with scores by the reward models before and after it."""
+        return self.path / "answers.jsonl"
+
+    def round(self, number: int) -> RunFolder:
+        """Of MetaRM; round 0 holds the models that the first one begins with."""
+        return RunFolder(self.path / "rounds" / str(number))
+
     def baseline(self, name: str) -> RunFolder:
         return RunFolder(self.path / "baselines" / name)
 

@@ -349,15 +349,19 @@ def policy_source(config, run) -> str:
     """Where the later stages' policy starts: what stage sft of this run made, if it has one."""
     if "sft" not in config.run.stages:
         return config.model.policy
-    return _made_by("sft", run)
+    return made_by("sft", run)
+
+
+def reference_source(config, run) -> str:
+    return config.model.reference or policy_source(config, run)
 
 
 def reward_source(config, run) -> str:
-    return config.model.reward or _made_by("rm", run)
+    return config.model.reward or made_by("rm", run)
 
 
-def _made_by(stage: str, run) -> str:
-    folder = run.model(stage)
+def made_by(stage: str, run) -> str:
+    folder = run.model("policy" if stage == "ppo" else stage)
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not there: run stage {stage} first")
     return str(folder)

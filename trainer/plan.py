@@ -84,6 +84,8 @@ def check(config: Config, stages: Sequence[str], dry_run: bool = False) -> Check
     found.policy = _shape("model.policy", config.model.policy, config, found, dry_run)
     if config.model.reward and "ppo" in stages:
         found.reward = _shape("model.reward", config.model.reward, config, found, dry_run)
+    if config.model.reference:
+        _shape("model.reference", config.model.reference, config, found, dry_run)
     if config.model.critic not in ("reward", "policy"):
         _shape("model.critic", config.model.critic, config, found, dry_run)
     _need_models_of_earlier_stages(config, stages)
@@ -121,13 +123,13 @@ def _check_data(config: Config, stages: Sequence[str], tokenizer, found: Checked
     data = config.data
     if "sft" in stages:
         rows_of("demonstrations", lambda: load_demonstrations(config, tokenizer))
-    if "rm" in stages and data.pairs != "toy":
+    if {"rm", "metarm"} & set(stages) and data.pairs != "toy":
         pairs = rows_of("pairs", lambda: load_pairs(config, tokenizer))
         _need_columns(config, pairs)
-    if {"ppo", "eval"} & set(stages):
+    if {"ppo", "metarm", "eval"} & set(stages):
         prompts = rows_of("eval_prompts", lambda: load_prompts(config, "eval", tokenizer))
         rows_of("ood_prompts", lambda: load_prompts(config, "ood", tokenizer))
-        if "ppo" in stages:
+        if {"ppo", "metarm"} & set(stages):
             prompts = rows_of("prompts", lambda: load_prompts(config, "train", tokenizer))
             if config.groups.inference == "oracle" and any(p.domain is None for p in prompts):
                 raise DataError(
@@ -181,6 +183,9 @@ def _need_models_of_earlier_stages(config: Config, stages: Sequence[str]) -> Non
         models.policy_source(config, run)
         if {"ppo", "eval"} & set(stages) and "rm" not in stages and config.reward.model_weight:
             models.reward_source(config, run)
+        if "metarm" in stages and not {"rm", "ppo"} & set(stages):
+            for stage in ("rm", "ppo"):
+                models.made_by(stage, run)
     except FileNotFoundError as error:
         raise ConfigError(str(error)) from None
 
@@ -191,6 +196,7 @@ def _need_local_files(config: Config, stages: Sequence[str]) -> None:
         "sft": ("demonstrations",),
         "rm": ("pairs",),
         "ppo": ("prompts", "eval_prompts", "ood_prompts"),
+        "metarm": ("pairs", "prompts", "eval_prompts", "ood_prompts"),
         "eval": ("eval_prompts", "ood_prompts"),
     }
     for key in dict.fromkeys(key for stage in stages for key in keys[stage]):
@@ -212,7 +218,14 @@ def _is_path(source: str) -> bool:
 
 def _remote(config: Config, stages: Sequence[str]) -> bool:
     data, model = config.data, config.model
-    sources = [model.policy, model.reward, data.demonstrations, data.prompts, data.pairs]
+    sources = [
+        model.policy,
+        model.reference,
+        model.reward,
+        data.demonstrations,
+        data.prompts,
+        data.pairs,
+    ]
     sources += [data.eval_prompts, data.ood_prompts]
     return any(_is_name(source) for source in sources)
 
@@ -308,13 +321,15 @@ def memory(config: Config, stage: str, policy: Shape, reward: Shape, ranks: int)
 
     An estimate: the allocator's rounding and the libraries' own memory come on top.
     """
-    shape = reward if stage == "rm" else policy
-    trained = {"sft": policy.parameters, "rm": reward.backbone, "ppo": policy.parameters}[stage]
+    shape = reward if stage in ("rm", "metarm") else policy
+    trained = shape.backbone if stage in ("rm", "metarm") else shape.parameters
     out = {
         "weights": FP32 * trained / ranks,
         "gradients": FP32 * trained / ranks,
         "optimiser": ADAM * trained / ranks,
     }
+    if stage == "metarm":  # of a round's reward model; its PPO is as stage ppo
+        out["theta, kept aside"] = FP32 * trained / ranks
     if stage == "ppo":
         has_reward = config.reward.model_weight != 0
         out["reference"] = FP32 * policy.parameters / ranks
@@ -331,6 +346,7 @@ def memory(config: Config, stage: str, policy: Shape, reward: Shape, ranks: int)
     batch = {
         "sft": config.sft.batch,
         "rm": 2 * config.rm.batch,
+        "metarm": max(2 * config.rm.batch, config.metarm.meta_batch * config.metarm.samples),
         "ppo": config.ppo.sequences_per_step,
     }
     answer = (
@@ -381,15 +397,15 @@ def describe(config: Config, stages: Sequence[str], found: Checked) -> str:
             f"({policy.layers} layers, {policy.hidden} wide, vocabulary {policy.vocabulary})"
         )
     lines += ["", "stages"]
-    lines += [f"  {stage:<5} {_stage(config, stage)}" for stage in stages]
+    lines += [f"  {stage:<6} {_stage(config, stage)}" for stage in stages]
     for name, overrides in config.baselines.items() if "ppo" in stages else ():
-        lines.append(f"  ppo   once more as baseline {name}: {' '.join(overrides)}")
+        lines.append(f"  ppo    once more as baseline {name}: {' '.join(overrides)}")
     if found.rows:
         lines += ["", "data"]
         lines += [
             f"  {key:<15} {getattr(config.data, key)}: {count}" for key, count in found.rows.items()
         ]
-    trained = [stage for stage in stages if stage in ("sft", "rm", "ppo")]
+    trained = [stage for stage in stages if stage in ("sft", "rm", "ppo", "metarm")]
     if policy and reward and trained:
         lines += ["", *_memory_table(config, trained, policy, reward, ranks)]
     if found.notes:
@@ -410,6 +426,13 @@ def _stage(config: Config, stage: str) -> str:
             if getattr(rm, name)
         )
         return f"{rm.steps} steps of {rm.batch} pairs, lr {rm.lr:g}, head {rm.head}{terms}"
+    if stage == "metarm":
+        meta = config.metarm
+        return (
+            f"{meta.rounds} rounds: {meta.meta_prompts} prompts ({meta.prompts}) x {meta.samples} "
+            f"answers, {meta.steps} steps of {config.rm.batch} pairs, variant {meta.variant}, "
+            f"lr {meta.lr:g}, then {meta.ppo_steps or config.ppo.steps} steps of PPO"
+        )
     if stage == "eval":
         return "answers to the evaluation prompts, scored"
     ppo, groups = config.ppo, config.groups

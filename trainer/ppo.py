@@ -59,7 +59,7 @@ def train(config, run: RunFolder, resume: bool = False) -> None:
         if t.state.step == 0:
             t.engine.sync(t.policy)
             metrics, _ = t.evaluator(t.policy)
-            log.write("eval", 0, metrics, policy="sft")
+            log.write("eval", 0, metrics, policy="start" if config.model.reference else "sft")
         while t.state.step < config.ppo.steps:
             with profiled(config, run, "ppo", t.state.step + 1):
                 metrics = iteration(t, t.state.step)
@@ -331,7 +331,8 @@ class Setup:
         prompts = load_prompts(config, "train", tokenizer)
         policy = models.load_policy(source, config)
         offload = config.model.offload_reference
-        reference = models.frozen(models.load_policy(source, config, offload))
+        anchor = models.reference_source(config, run)
+        reference = models.frozen(models.load_policy(anchor, config, offload))
         reward, reward_tokenizer = models.load_scoring_model(config, run)
         groups = Groups(config, prompts)
         critic = models.make_critic(config, run, policy, groups)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -498,6 +499,128 @@ def _groups(runs: list[Run]) -> Panels:
     return panels
 
 
+def _metarm(runs: list[Run]) -> Panels:
+    """All rounds in two rows, and then a row for each."""
+    panels: Panels = []
+    those = [run for run in runs if run.stage("metarm")]
+    for run in those:
+        suffix = f" ({run.name})" if len(those) > 1 else ""
+        old, new = ("before", SFT_COLOUR), ("after", run.colour)
+        for name, title, keys, caption in (
+            (
+                "accuracy",
+                "Reward model's accuracy",
+                {
+                    "before/gold_accuracy": ("by gold, before", SCALE[3]),
+                    "after/gold_accuracy": ("by gold, after", SCALE[0]),
+                    "after/pair_accuracy": ("held-out pairs", SFT_COLOUR),
+                },
+                "On answers of the policy as it is at the start of the round.",
+            ),
+            (
+                "spread",
+                "Relative differences of rewards",
+                {"before/spread": old, "after/spread": new},
+                "Mean, in units of the difference within held-out pairs.",
+            ),
+            (
+                "objective",
+                "J on today's answers",
+                {"before/objective": old, "after/objective": new},
+                "Any training that makes rewards larger raises it.",
+            ),
+            (
+                "policy",
+                "Policy after the round",
+                {"policy/proxy": ("proxy", SCALE[2]), "policy/gold": ("gold", SCALE[0])},
+                "Proxy is the score by the round's own reward model.",
+            ),
+            ("kl", "KL from the SFT model", {"policy/kl": ("", run.colour)}, "Nats a sequence."),
+            (
+                "distinct",
+                "Distinct answers, share",
+                {"policy/distinct": ("", run.colour)},
+                "Of a prompt's answers. Where it falls there is little left to tell apart.",
+            ),
+        ):
+            name = f"metarm_{name}_{_file(run.name)}"
+            panels.append(_by_round(run.stage("metarm"), keys, title + suffix, name, caption))
+        for line in run.stage("metarm")[1:]:
+            panels += _one_round(run, line, suffix)
+    return panels
+
+
+def _by_round(
+    lines: list[dict[str, Any]],
+    keys: dict[str, tuple[str, str]],
+    title: str,
+    name: str,
+    caption: str,
+    x: str = "round",
+) -> Panel | None:
+    """keys: metric -> (label, colour)."""
+    curves = [(*each, *_series(lines, key)) for key, each in keys.items()]
+    curves = [curve for curve in curves if curve[2]]
+    if not curves:
+        return None
+    figure, axes = _new(title, x)
+    for label, colour, rounds, values in curves:
+        axes.plot(rounds, values, color=colour, marker="o", markersize=4, label=label)
+    axes.set_xticks([line["step"] for line in lines])
+    if len(curves) > 1:
+        _legend(axes)
+    return Panel(name, caption, figure)
+
+
+def _one_round(run: Run, line: dict[str, Any], suffix: str) -> Panels:
+    """Differences of rewards, the reward model's training, and PPO with what came out of it."""
+    n = line["step"]
+    folder, name = run.folder / "rounds" / str(n), f"metarm_round_{n}_{_file(run.name)}"
+    inner = Run(run.name, folder, run.colour, lines=_read_lines(folder / "metrics.jsonl"))
+    differences = {
+        when: (_differences_of_rewards(folder, when, line.get(f"{when}/scale")), colour)
+        for when, colour in (("before", SFT_COLOUR), ("after", run.colour))
+    }
+    return [
+        _histogram(
+            differences,
+            f"Round {n}: differences of rewards{suffix}",
+            "difference, relative",
+            f"{name}_differences",
+            "Between answers to one prompt; 1 is the mean within held-out pairs. More to the "
+            "right: told apart better, rightly or wrongly.",
+        ),
+        _over_steps(
+            inner.stage("metarm"),
+            {"rm/pair_loss": ("pairs' loss", SCALE[3]), "metarm/spread": ("J", SCALE[0])},
+            f"Round {n}: training the reward model{suffix}",
+            f"{name}_training",
+            "J is that of the step's answers.",
+        ),
+        _by_round(
+            inner.evaluations,
+            {"eval/proxy": ("proxy", SCALE[2]), "eval/gold": ("gold", SCALE[0])},
+            f"Round {n}: PPO with it{suffix}",
+            f"{name}_ppo",
+            "On the evaluation prompts.",
+            "PPO step",
+        ),
+    ]
+
+
+def _differences_of_rewards(folder: Path, when: str, scale: float | None) -> list[float]:
+    """Between every two different answers to a prompt, in units of `scale`."""
+    answers: dict[str, dict[str, float]] = {}
+    for line in _read_lines(folder / "answers.jsonl"):
+        answers.setdefault(line["prompt"], {})[line["response"]] = line[when]
+    return [
+        abs(a - b) / scale
+        for scores in answers.values()
+        for a, b in itertools.combinations(scores.values(), 2)
+        if scale
+    ]
+
+
 def _rewards(runs: list[Run]) -> Panels:
     def of(run: Run, key: str) -> list[float]:
         return [line[key] for line in run.final_samples if line.get(key) is not None]
@@ -575,6 +698,12 @@ SECTIONS: tuple[tuple[str, str, Callable[[list[Run]], Panels]], ...] = (
         _optimisation,
     ),
     ("Groups", "What the method inferred during training, and what it did with it.", _groups),
+    (
+        "MetaRM, round by round",
+        "Each round trains the reward model on, over the old pairs, with a look at the policy's "
+        "answers, and then the policy with it. First all rounds, then a row for each.",
+        _metarm,
+    ),
     ("Distribution of rewards", "Answers of the last evaluation.", _rewards),
     ("Training", "Pale: every step. Strong: moving mean.", _training),
 )

@@ -10,6 +10,8 @@ offset for each prompt, and groups of such scores are noise (METHODS A.2).
 
 from __future__ import annotations
 
+import json
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from trainer.batching import Piece, Sequences, batch_indices, forward_all, piece
 from trainer.checkpoint import Checkpoints, TrainState, finished
 from trainer.data import DataError, Pair, load_pairs
 from trainer.faults import Guard
-from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, progress, say
+from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, progress, read_lines, say
 from trainer.optim import Optimizer
 from trainer.profiling import profiled
 from trainer.rollout import make_engine
@@ -32,14 +34,7 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
         return
     start = models.policy_source(config, run)
     tokenizer = models.load_tokenizer(start, config)
-    if config.data.pairs == "toy":
-        pairs = toy_pairs(config, models.load_policy(start, config), tokenizer)
-    else:
-        pairs = load_pairs(config, tokenizer)
-    check_columns(settings, pairs)
-    pairs = [pairs[i] for i in batch_indices(len(pairs), len(pairs), 0, seed, "validation")]
-    held_out = int(len(pairs) * settings.validation)
-    pairs, validation = pairs[held_out:], pairs[:held_out]
+    pairs, validation = split_pairs(config, run, tokenizer, again=not resume)
     model = models.load_reward_model(start, config, settings.head, tokenizer).train()
     guard = Guard(config.trainer.max_skipped)
     optimizer = Optimizer(
@@ -64,15 +59,7 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
                 batch = [pairs[i] for i in indices]
                 sequences = both_answers(batch, tokenizer.pad_token_id)
             with timer("train"), profiled(config, run, "rm", state.step + 1):
-                for rows, weight in pair_pieces(sequences, config.trainer.tokens_per_microbatch):
-                    both = sequences.rows(torch.cat([rows, rows + len(batch)]))
-                    with parallel.autocast(config.model.dtype):
-                        chosen, rejected = model(both).chunk(2)
-                    some = [batch[i] for i in rows.tolist()]
-                    loss, figures = pair_loss(settings, chosen, rejected, some)
-                    part = weight * len(some) / len(batch)
-                    (loss * part).backward()
-                    averages.add("rm", {k: v * part for k, v in figures.items()})
+                backward(config, model, batch, sequences, averages)
                 norm = optimizer.step(state.step, averages.open["rm/loss"])
                 averages.add("rm", {"grad_norm": norm / parallel.world_size()})
                 averages.update("rm")
@@ -92,6 +79,42 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
             say(f"rm     held-out pairs ordered rightly: {share:.1%} of {len(validation)}")
         model.save(run.model("rm"), tokenizer)
         checkpoints.end()
+
+
+def split_pairs(config, run: RunFolder, tokenizer, again: bool) -> tuple[list[Pair], list[Pair]]:
+    """For training, and held out. The toy world's are sampled once, from the SFT model, and lie in
+    the run folder for whoever trains on them later; `again`: anew."""
+    if config.data.pairs != "toy":
+        pairs = load_pairs(config, tokenizer)
+    elif not again and parallel.all_true(run.pairs.is_file()):
+        pairs = [Pair(**line) for line in read_lines(run.pairs)]
+    else:
+        policy = models.load_policy(models.policy_source(config, run), config)
+        pairs = toy_pairs(config, policy, tokenizer)
+        if parallel.is_main():
+            aside = run.pairs.with_suffix(".tmp")
+            aside.write_text("".join(json.dumps(vars(pair)) + "\n" for pair in pairs))
+            aside.replace(run.pairs)
+    check_columns(config.rm, pairs)
+    seed = config.run.seed
+    pairs = [pairs[i] for i in batch_indices(len(pairs), len(pairs), 0, seed, "validation")]
+    held_out = int(len(pairs) * config.rm.validation)
+    return pairs[held_out:], pairs[:held_out]
+
+
+def backward(
+    config, model: models.RewardModel, pairs: list[Pair], sequences: Sequences, averages: Averages
+) -> None:
+    """Adds the gradient of the pairs' mean loss; `sequences` are their `both_answers`."""
+    for rows, weight in pair_pieces(sequences, config.trainer.tokens_per_microbatch):
+        both = sequences.rows(torch.cat([rows, rows + len(pairs)]))
+        with parallel.autocast(config.model.dtype):
+            chosen, rejected = model(both).chunk(2)
+        some = [pairs[i] for i in rows.tolist()]
+        loss, figures = pair_loss(config.rm, chosen, rejected, some)
+        part = weight * len(some) / len(pairs)
+        (loss * part).backward()
+        averages.add("rm", {k: v * part for k, v in figures.items()})
 
 
 def check_columns(settings, pairs: list[Pair]) -> None:
@@ -151,13 +174,14 @@ def pair_pieces(sequences: Sequences, budget: int) -> list[Piece]:
 
 
 def accuracy(config, model: models.RewardModel, pairs: list[Pair], tokenizer) -> float:
-    sequences = both_answers(pairs, tokenizer.pad_token_id)
-    with parallel.autocast(config.model.dtype):
-        (scores,) = forward_all(
-            lambda batch: (model(batch),), sequences, config.trainer.tokens_per_microbatch
-        )
-    chosen, rejected = scores.chunk(2)
+    chosen, rejected = scores(config, model, both_answers(pairs, tokenizer.pad_token_id)).chunk(2)
     return float((chosen > rejected).float().mean())
+
+
+def scores(config, model: models.RewardModel, sequences: Sequences) -> Tensor:  # (S)
+    with parallel.autocast(config.model.dtype):
+        budget = config.trainer.tokens_per_microbatch
+        return forward_all(lambda batch: (model(batch),), sequences, budget)[0]
 
 
 def toy_pairs(config, policy: models.Policy, tokenizer) -> list[Pair]:

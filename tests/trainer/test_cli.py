@@ -82,8 +82,13 @@ def test_python_m_trainer():
         (["train", "toy", "--dryrun"], "unrecognized arguments: --dryrun"),
         (["train", "toy", "groups.bta=1"], "groups.bta: unknown key (did you mean beta?)"),
         (["train", "toy", "ppo.lr=fast"], "ppo.lr: is 'fast'; want number"),
-        (["metarm", "toy"], "stage metarm is not there yet"),
-        (["train", "toy", "run.stages=[sft, metarm]"], "stage metarm is not there yet"),
+        (["metarm", "toy"], "metarm.rounds: is 0; want 1 or more"),
+        (["train", "toy", "run.stages=[sft, metarm]"], "metarm.rounds: is 0; want 1 or more"),
+        (["metarm", "toy", "metarm.rounds=1"], "run stage sft first"),
+        (["train", "toy", "metarm.rounds=1", "metarm.samples=1"], "metarm.samples: is 1; want 2"),
+        (["train", "toy", "metarm.rounds=1", "model.reward=some/rm"], "metarm.rounds: is 1; want"),
+        (["train", "toy", "metarm.prompts=ood", "data.ood_prompts="], "metarm.prompts: is 'ood'"),
+        (["train", "toy", "model.reference=./no"], "./no: model.reference: no such file or folder"),
         (["train", "toy", "model.policy=./no/model"], "./no/model: model.policy: no such file or"),
         (["train", "toy", "data.prompts=no.jsonl"], "data.prompts: no.jsonl: no such file"),
         (["train", "toy", "rollout.engine=vllm"], "rollout.engine=vllm is not there yet"),
@@ -170,9 +175,19 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(gi, tmp_path):
     code, out, err = gi("train", "toy", "--dry-run", *TINY, "--output", tmp_path / "run")
     assert (code, err) == (0, "")
     assert not (tmp_path / "run").exists()
-    for part in ("sft   2 steps of 64 demonstrations", "prompts         toy: 64 rows", "optimiser"):
+    for part in (
+        "sft    2 steps of 64 demonstrations",
+        "prompts         toy: 64 rows",
+        "optimiser",
+    ):
         assert part in out
     assert "not checked" not in out
+
+
+def test_a_dry_run_tells_of_rounds(gi, tmp_path):
+    code, out, _ = gi("train", "toy", "--dry-run", *TINY, *ROUND, "--output", tmp_path / "run")
+    assert code == 0 and "metarm 1 rounds: 8 prompts (train) x 5 answers, 2 steps" in out
+    assert "theta, kept aside" in out
 
 
 def test_a_dry_run_of_a_local_architecture(gi, tmp_path):
@@ -248,10 +263,19 @@ def test_memory_by_hand():
 # Whole runs.
 
 
+ROUND = [
+    "metarm.rounds=1",
+    "metarm.steps=2",
+    "metarm.meta_prompts=8",
+    "metarm.meta_batch=4",
+    "metarm.test_prompts=8",
+]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli") / "run"
-    assert main(["train", "toy", *TINY, "--output", str(path)]) == 0
+    assert main(["train", "toy", *TINY, *ROUND, "--output", str(path)]) == 0
     return path
 
 
@@ -261,12 +285,16 @@ def test_train_leaves_a_whole_run_folder(trained):
     assert list((trained / "plots").glob("*.png"))
     for name in ("sft", "rm", "policy"):
         assert (trained / "models" / name / "config.json").is_file()
-    assert load(str(trained / "config.yaml")) == load("toy", [*TINY, f"run.output={trained}"])
+    with_round = [*TINY, *ROUND, f"run.output={trained}"]
+    assert load(str(trained / "config.yaml")) == load("toy", with_round)
+    assert "MetaRM, round by round" in (trained / "report.html").read_text()
+    for number in (0, 1):
+        assert (trained / "rounds" / str(number) / "models" / "rm" / "config.json").is_file()
 
 
 def test_another_configuration_does_not_overwrite_a_run(trained, gi):
     before = (trained / "config.yaml").read_text()
-    code, _, err = gi("ppo", "toy", *TINY, "kl.coef=0.7", "--output", trained)
+    code, _, err = gi("ppo", "toy", *TINY, *ROUND, "kl.coef=0.7", "--output", trained)
     assert code == 2 and err.count("\n") == 1
     before_and_now = f"(kl.coef: {load('toy', TINY).kl.coef} -> 0.7)"
     assert f"holds a run with other settings {before_and_now}" in err
@@ -274,8 +302,11 @@ def test_another_configuration_does_not_overwrite_a_run(trained, gi):
 
 
 def test_a_stage_alone_and_an_evaluation_in_the_same_folder(trained, gi):
-    code, out, err = gi("ppo", "toy", *TINY, "--output", trained)
+    code, out, err = gi("ppo", "toy", *TINY, *ROUND, "--output", trained)
     assert code == 0, err
+    assert not (trained / "rounds").exists()  # they were of another policy
+    code, out, err = gi("metarm", "toy", *TINY, *ROUND, "--output", trained)
+    assert code == 0 and (trained / "rounds" / "1").is_dir(), err
     code, out, err = gi("eval", "toy", *TINY, "eval.samples_per_domain=4", "--output", trained)
     assert code == 0 and "eval/gold" in out, err
 

@@ -137,3 +137,39 @@ def test_twice_is_the_same(tmp_path, undrawn):
     folder = make_run(tmp_path, "run")
     first = report.write([folder]).read_text()
     assert report.write([folder]).read_text() == first
+
+
+def add_lines(path, lines):
+    """Behind what is there, without its last line, which a crash cut short."""
+    there = path.read_text().rpartition("\n")[0]
+    path.write_text("\n".join([there, *map(json.dumps, lines)]) + "\n")
+
+
+def test_metarm_has_a_row_for_each_round(tmp_path, undrawn):
+    folder = make_run(tmp_path, "run")
+    figures = {"policy/gold": 0.5, "policy/kl": 1, "after/spread": 1, "after/scale": 0.4}
+    add_lines(
+        folder / "metrics.jsonl",
+        [{"stage": "metarm", "step": n, "before/scale": 0.5, **figures} for n in range(3)],
+    )
+    for n in (1, 2):
+        inner = make_run(folder / "rounds", str(n))
+        curves = {"metarm/spread": 0.5, "rm/pair_loss": 1}
+        add_lines(
+            inner / "metrics.jsonl", [{"stage": "metarm", "step": s, **curves} for s in (1, 2)]
+        )
+        answers = "".join(
+            json.dumps({"prompt": "p", "response": str(i), "before": i, "after": i / 2}) + "\n"
+            for i in range(4)
+        )
+        (inner / "answers.jsonl").write_text(answers)
+    titles = pictures(read(report.write([folder])))
+    assert {"Policy after the round", "Relative differences of rewards"} <= set(titles)
+    for n in (1, 2):
+        at = titles.index(f"Round {n}: differences of rewards")
+        assert titles[at + 1 : at + 3] == [
+            f"Round {n}: training the reward model",
+            f"Round {n}: PPO with it",
+        ]
+    differences = report._differences_of_rewards(folder / "rounds" / "1", "after", 0.5)
+    assert differences == [1, 2, 3, 1, 2, 1]
