@@ -144,8 +144,6 @@ def _refuse_what_is_missing(config: Config, stages: Sequence[str], resume: bool)
     for stage in stages:
         if stage in NOT_THERE_YET:
             raise UsageError(f"stage {stage} is not there yet")
-    if config.rollout.engine != "hf":
-        raise UsageError(f"rollout.engine={config.rollout.engine} is not there yet: use hf")
     if resume and not set(stages) <= set(RESUMABLE):
         raise UsageError(f"--resume is not there yet for {', '.join(stages)}")
 
