@@ -410,7 +410,7 @@ class Rollout:
     cuda_graphs: bool = True
     """vLLM on GPUs: captured graphs; a start of minutes, for faster generation."""
     sync_bucket_mb: int = 512
-    """vLLM: weights are gathered from the ranks' shards in pieces of at most this (or one tensor)."""
+    """vLLM: the ranks' shards are gathered in pieces of at most this (or of one tensor)."""
     timeout: float = 300.0
     """vLLM: seconds without a sign of life after which the process ends."""
 

@@ -20,7 +20,7 @@ PROMPTS = [[5, 6, 11, 12, 13, 3], [7, 5, 14, 11, 3], [5, 8, 11, 12, 3], [5, 6, 1
 
 
 class Recorder:
-    """In vLLM's place: notes what is asked of it, and answers each prompt with its seed's digits."""
+    """In vLLM's place: notes what is asked of it; a request's seed decides its answer."""
 
     can_sleep, longest = True, 20
 

@@ -189,7 +189,7 @@ class Vllm:
     """vLLM's interface, as far as it is used here."""
 
     def __init__(self, policy: Policy, tokenizer, config) -> None:
-        rollout, on_gpu = config.rollout, parallel.device().type == "cuda"
+        rollout, self.on_gpu = config.rollout, parallel.device().type == "cuda"
         # In this process: that is where the weights are, and what dies here is seen here.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -201,7 +201,7 @@ class Vllm:
         shape = policy.model.config.get_text_config()
         self.longest = config.data.max_prompt_tokens + rollout.max_new_tokens
         self.longest = min(self.longest, getattr(shape, "max_position_embeddings", self.longest))
-        self.can_sleep = on_gpu and rollout.sleep
+        self.can_sleep = self.on_gpu and rollout.sleep
         # vLLM reads the shape from a folder; weights come with the first sync.
         self.folder = tempfile.TemporaryDirectory(prefix="gikernels-")
         _write_shape(policy, self.folder.name)
@@ -220,7 +220,7 @@ class Vllm:
             "tensor_parallel_size": rollout.tensor_parallel,
             "seed": config.run.seed,
         }
-        if on_gpu:
+        if self.on_gpu:
             options |= {
                 "gpu_memory_utilization": rollout.gpu_memory,
                 "enable_sleep_mode": rollout.sleep,
@@ -240,6 +240,8 @@ class Vllm:
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        if not self.on_gpu:
+            self.llm.apply_model(_repack_heads)
 
     def forget(self) -> None:
         if not self.llm.reset_prefix_cache():
@@ -285,6 +287,16 @@ def _answer(output) -> Answer:
     tokens = list(output.token_ids)
     logprobs = [place[token].logprob for token, place in zip(tokens, output.logprobs, strict=True)]
     return Answer(tokens, logprobs, output.finish_reason == "length")
+
+
+def _repack_heads(model: torch.nn.Module) -> None:
+    """On a CPU vLLM multiplies by packed copies of its weights. A head that is tied to the
+    embeddings gets no weight of its own from a reload, which leaves its copy as it was."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead):
+            layer.quant_method.process_weights_after_loading(layer)
 
 
 def _write_shape(policy: Policy, folder: str) -> None:

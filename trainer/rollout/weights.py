@@ -25,6 +25,7 @@ def whole_weights(policy: Policy, dtype: torch.dtype, bucket: int) -> Iterator[t
         del parameters
         # transformers keeps some weights in another form than the files, experts above all
         yield from revert_weight_conversion(policy.model, whole).items()
+        del whole  # before the next bucket is gathered
 
 
 def buckets(
