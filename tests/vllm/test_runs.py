@@ -24,6 +24,7 @@ SETTINGS = [
     "ppo.steps=5",
     "ppo.prompts_per_step=8",
     "ppo.samples_per_prompt=2",
+    "eval.every=4",
     "trainer.save_every=1",
 ]
 MINUTES = 300  # seconds that a child may take on a slow and busy machine
@@ -96,10 +97,10 @@ def test_killed_broken_and_hung_in_the_middle_of_generating(base, tmp_path):
         "error: an illegal memory access was encountered. Checkpoints are intact: --resume goes on "
         "from the newest"
     )
-    assert run(broken, [*SETTINGS, "rollout.timeout=3"], True, (3, hang)) == 1
+    assert run(broken, [*SETTINGS, "rollout.timeout=20"], True, (3, hang)) == 1
     said = (broken / "stderr").read_text()
     assert "in hang" in said
-    assert "gi: rollout.timeout=3: vLLM on rank 0: no sign of life" in said
+    assert "gi: rollout.timeout=20: vLLM on rank 0: no sign of life" in said
 
     assert run(broken, SETTINGS, True) == 0
     one, other = RunFolder(unbroken), RunFolder(broken)
