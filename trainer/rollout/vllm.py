@@ -233,6 +233,9 @@ class Vllm:
             }
         if parallel.world_size() > 1:
             options["distributed_executor_backend"] = "external_launcher"
+        if not torch.distributed.is_initialized():
+            # else vLLM makes a group of NCCL alone, and background checkpoints want gloo as well
+            parallel.init_group(torch.distributed.HashStore(), 0, 1)
         random = RandomStates()
         before = random.state_dict()  # vLLM seeds the whole process
         self.llm = LLM(self.folder.name, **options)
