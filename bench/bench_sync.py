@@ -17,7 +17,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from bench.bench_memory import SHAPE
-from bench.memory import CLEAR, _resident
+from bench.memory import CLEAR, resident
 from trainer import models, parallel
 from trainer.config import load
 from trainer.experience import check_engine
@@ -65,9 +65,9 @@ def main(dtype: str = "bfloat16") -> int:
             seconds["vLLM's load"].append(timed(lambda ready=ready: engine.vllm.load(ready)))
             del ready
     CLEAR.write_text("5")
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     engine.sync(policy)
-    extra = _resident("VmHWM") - before
+    extra = resident("VmHWM") - before
 
     prompts = [list(range(5, 25)) for _ in range(4)]
     rollout = engine.generate(prompts, 2, parallel.generator("sync"))

@@ -26,6 +26,7 @@ class Recorder:
 
     def __init__(self):
         self.calls, self.weights, self.requests = [], {}, []
+        self.asleep = False
 
     def load(self, weights):
         self.calls.append("load")
@@ -45,9 +46,11 @@ class Recorder:
 
     def sleep(self):
         self.calls.append("sleep")
+        self.asleep = True
 
     def wake(self, what):
         self.calls.append(f"wake {what}")
+        self.asleep = what != "kv_cache"
 
 
 def engine_of(config):
@@ -86,6 +89,17 @@ def test_order_of_waking_loading_and_sleeping(config):
         *("wake weights", "load", "wake kv_cache", "forget", "generate"),
         *("load", "forget"),
     ]
+
+
+def test_a_later_stage_wakes_what_an_earlier_one_left_asleep(config):
+    engine, policy = engine_of(config())
+    engine.sync(policy)
+    engine.rest()
+    later, _ = engine_of(config())
+    later.vllm = engine.vllm
+    later.vllm.calls.clear()
+    later.sync(policy, 0)
+    assert later.vllm.calls == ["wake weights", "load", "wake kv_cache", "forget"]
 
 
 def test_what_cannot_sleep_is_not_asked_to(config):

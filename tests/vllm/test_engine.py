@@ -125,7 +125,7 @@ def test_sleep_is_not_pretended_where_there_is_none(setup):
     _, _, engine = setup()
     assert not engine.vllm.can_sleep
     engine.rest()
-    assert not engine.asleep
+    assert not engine.vllm.asleep
     generate(engine)
 
 

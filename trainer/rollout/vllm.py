@@ -57,14 +57,11 @@ class VllmEngine:
         self.dtype = getattr(torch, config.model.dtype)
         self.vllm: Vllm | None = None  # from the first sync on, which brings the model's shape
         self.synced: Sync | None = None
-        self.asleep = False
-        rollout, ranks = config.rollout, parallel.world_size()
-        self.engines, self.engine = (
-            ranks // rollout.tensor_parallel,
-            parallel.rank() // rollout.tensor_parallel,
-        )
+        together = config.rollout.tensor_parallel
+        self.engines = parallel.world_size() // together
+        self.engine, self.place = divmod(parallel.rank(), together)
         who = f"vLLM on rank {parallel.rank()}"
-        self.watchdog = Watchdog(rollout.timeout, "rollout.timeout", who)
+        self.watchdog = Watchdog(config.rollout.timeout, "rollout.timeout", who)
 
     def sync(self, policy: Policy, step: int | None = None) -> None:
         if self.vllm is None:
@@ -80,29 +77,28 @@ class VllmEngine:
                 moved += tensor.nbytes
                 yield name, tensor
 
+        slept = self.vllm.asleep
         with _OneClearError("take the weights"), self.watchdog("taking the weights"):
-            if self.asleep:  # the cache's memory comes last: until then buckets may use it
+            if slept:  # the cache's memory comes last: until then buckets may use it
                 self.vllm.wake("weights")
             self.vllm.load(weights())
-            if self.asleep:
+            if slept:
                 self.vllm.wake("kv_cache")
             self.vllm.forget()  # prefixes that other weights have computed
         self.eos = end_tokens(self.tokenizer, policy)
-        self.synced = next_sync(self.synced, step, moved, self.asleep)
-        self.asleep = False
+        self.synced = next_sync(self.synced, step, moved, slept)
 
     def rest(self) -> None:
-        if self.vllm is None or not self.vllm.can_sleep or self.asleep:
+        if self.vllm is None or not self.vllm.can_sleep or self.vllm.asleep:
             return
         with _OneClearError("go to sleep"), self.watchdog("going to sleep"):
             self.vllm.sleep()
-        self.asleep = True
 
     def generate(
         self, prompts: list[list[int]], samples: int, generator: torch.Generator
     ) -> Rollout:
         """Row i * samples + k is sample k of prompts[i]."""
-        assert self.vllm is not None and not self.asleep, "sync() first"
+        assert self.vllm is not None and not self.vllm.asleep, "sync() first"
         limit = self.config.rollout.max_new_tokens
         count = len(prompts) * samples
         seeds = torch.randint(2**62, (count,), generator=generator).tolist()
@@ -119,7 +115,7 @@ class VllmEngine:
         logprobs = torch.zeros(count, limit)
         lengths, truncated = tokens.new_zeros(count), tokens.new_zeros(count)
         # Each rank of an engine has all of its answers, and one of them tells.
-        if parallel.rank() % self.config.rollout.tensor_parallel == 0:
+        if self.place == 0:
             for row, answer in zip(rows, answers, strict=True):
                 length = len(answer.tokens)
                 tokens[row, :length] = torch.tensor(answer.tokens)
@@ -201,7 +197,7 @@ class Vllm:
         shape = policy.model.config.get_text_config()
         self.longest = config.data.max_prompt_tokens + rollout.max_new_tokens
         self.longest = min(self.longest, getattr(shape, "max_position_embeddings", self.longest))
-        self.can_sleep = self.on_gpu and rollout.sleep
+        self.can_sleep, self.asleep = self.on_gpu and rollout.sleep, False
         # vLLM reads the shape from a folder; weights come with the first sync.
         self.folder = tempfile.TemporaryDirectory(prefix="gikernels-")
         _write_shape(policy, self.folder.name)
@@ -253,10 +249,11 @@ class Vllm:
     def sleep(self) -> None:
         # 2: weights are dropped and not kept in the CPU's memory, for each sync brings them all.
         self.llm.sleep(level=2)
+        self.asleep = True
 
     def wake(self, what: str) -> None:
         torch.cuda.empty_cache()  # what torch holds and does not use
-        self.llm.wake_up(tags=[what])
+        self.asleep = not self.llm.wake_up(tags=[what])  # whether all of it is awake
 
     def generate(
         self, requests: list[Request], eos: list[int], heard: Callable[[], None]
