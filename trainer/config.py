@@ -395,7 +395,7 @@ class Reward:
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
     engine: Literal["hf", "vllm"] = "hf"
-    """What generates: Hugging Face generate, or vLLM."""
+    """What generates: a Hugging Face model on every rank, or vLLM."""
     max_new_tokens: int = 256
     """Longest answer."""
     temperature: float = 1.0
@@ -405,7 +405,21 @@ class Rollout:
     logprob_bound: float = 1.0
     """The run stops when the engine's and the trainer's log-probabilities differ by more."""
     batch: int = 128
-    """Sequences that generate together."""
+    """Sequences that generate together; with vLLM: at most, on each engine."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, beside EOS; the tokens that spell one stay in the answer."""
+    tensor_parallel: int = 1
+    """vLLM: ranks that share one engine; a divisor of the number of ranks."""
+    gpu_memory: float = 0.4
+    """vLLM: share of a GPU's memory for its weights and cache while it generates."""
+    sleep: bool = True
+    """vLLM on GPUs: that memory belongs to the trainer while it trains."""
+    cuda_graphs: bool = True
+    """vLLM on GPUs: captured graphs; a start of minutes, for faster generation."""
+    sync_bucket_mb: int = 512
+    """vLLM: the ranks' shards are gathered in pieces of at most this (or of one tensor)."""
+    timeout: float = 300.0
+    """vLLM: seconds without a sign of life after which the process ends."""
 
     def __post_init__(self) -> None:
         _want(self.max_new_tokens > 0, "rollout.max_new_tokens", self.max_new_tokens, "1 or more")
@@ -417,7 +431,17 @@ class Rollout:
             "1: with less, log-probabilities would not be those of the policy that sampled",
         )
         _want(self.logprob_bound > 0, "rollout.logprob_bound", self.logprob_bound, "more than 0")
-        _want(self.batch > 0, "rollout.batch", self.batch, "1 or more")
+        for key in ("batch", "tensor_parallel", "sync_bucket_mb"):
+            _want(getattr(self, key) > 0, f"rollout.{key}", getattr(self, key), "1 or more")
+        _want(all(self.stop), "rollout.stop", list(self.stop), "texts that are not empty")
+        _want(0 < self.gpu_memory < 1, "rollout.gpu_memory", self.gpu_memory, "between 0 and 1")
+        _want(self.timeout > 0, "rollout.timeout", self.timeout, "more than 0")
+        _want(
+            self.engine != "vllm" or self.temperature >= 0.01,
+            "rollout.temperature",
+            self.temperature,
+            "0.01 or more with engine=vllm, which would use 0.01 instead",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -464,6 +488,10 @@ class Ppo:
     """With a critic, or from the other answers to the same prompt."""
     norm: Literal["none", "batch", "group"] = "batch"
     """Normalise advantages over the batch, or within each inferred group."""
+    importance: Literal["none", "token", "sequence"] = "none"
+    """Weigh the policy loss by trainer's over engine's probability, of each token or sequence."""
+    importance_cap: float = 2.0
+    """Largest such weight: truncated importance sampling."""
 
     @property
     def sequences_per_step(self) -> int:
@@ -502,6 +530,7 @@ class Ppo:
         )
         _want(self.value_clip >= 0, "ppo.value_clip", self.value_clip, "0 (off) or more")
         _want(self.entropy_coef >= 0, "ppo.entropy_coef", self.entropy_coef, "0 or more")
+        _want(self.importance_cap >= 1, "ppo.importance_cap", self.importance_cap, "1 or more")
         _want(
             self.has_critic or self.samples_per_prompt > 1,
             "ppo.samples_per_prompt",
@@ -888,6 +917,8 @@ def differences(ours: Config, theirs: Config) -> list[str]:
         "trainer.best",
         "trainer.async_save",
         "trainer.max_skipped",
+        "rollout.sync_bucket_mb",
+        "rollout.timeout",
     )
     a, b = flat(ours.to_dict()), flat(theirs.to_dict())
     return [

@@ -8,8 +8,9 @@ each sequence, relaxed where it is hard; a weight on each sequence's advantage, 
 groups' returns. `groups.inference=none` is plain PPO; `groups.focus=0` takes prompts as they come,
 `kl.adaptive=false` drops the KL coefficients, `groups.beta=0` the weights.
 
-What it leaves out: importance sampling for stale rollouts (there are none), value normalisation,
-adaptive learning rates. S sequences (prompts x samples), T padded answer tokens, M groups.
+What it leaves out: importance sampling for stale rollouts (there are none; `ppo.importance` is for
+an engine that rounds otherwise than the trainer), value normalisation, adaptive learning rates.
+S sequences (prompts x samples), T padded answer tokens, M groups.
 """
 
 from __future__ import annotations
@@ -26,14 +27,20 @@ from trainer.batching import Sequences, batch_indices, forward_all, minibatches
 from trainer.checkpoint import Checkpoints, TrainState, finished
 from trainer.data import Prompt, load_prompts
 from trainer.evaluate import Evaluator, Judge, by_label, few_of_each_domain, make_judge
-from trainer.experience import Forward, estimate, explained_variance, forward_models
+from trainer.experience import (
+    Forward,
+    check_engine,
+    estimate,
+    explained_variance,
+    forward_models,
+)
 from trainer.faults import Guard
 from trainer.invariance import Groups, performance
 from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, final_table, progress, say
 from trainer.models import Critic, Policy
 from trainer.optim import Optimizer
 from trainer.profiling import profiled
-from trainer.rollout import Engine, check_logprobs, make_engine
+from trainer.rollout import Engine, check_logprobs, importance_weights, make_engine
 from trainer.scoring import Normaliser, Scorer
 
 
@@ -57,7 +64,7 @@ def train(config, run: RunFolder, resume: bool = False) -> None:
         progress("ppo", config.ppo.steps, t.state.step, config.trainer.progress) as show,
     ):
         if t.state.step == 0:
-            t.engine.sync(t.policy)
+            t.engine.sync(t.policy, 0)
             metrics, _ = t.evaluator(t.policy)
             log.write("eval", 0, metrics, policy="start" if config.model.reference else "sft")
         while t.state.step < config.ppo.steps:
@@ -68,7 +75,7 @@ def train(config, run: RunFolder, resume: bool = False) -> None:
             show(headline(metrics))
             last = t.state.step == config.ppo.steps
             if last or (config.eval.every and t.state.step % config.eval.every == 0):
-                t.engine.sync(t.policy)
+                t.engine.sync(t.policy, t.state.step)
                 evaluation, samples = t.evaluator(t.policy, t.critic, t.groups)
                 log.write("eval", t.state.step, evaluation, policy="policy")
                 few = few_of_each_domain(samples, config.eval.final_samples)
@@ -85,13 +92,15 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
 
     with timer("draw"):
         chosen = draw(t, step)
+        t.reference_scores.fill(t, step, chosen)
+    with timer("sync"):
+        t.engine.sync(t.policy, step)
     with timer("rollout"):
         unique = [t.prompts[i] for i in chosen]
-        t.reference_scores.fill(t, step, chosen)
-        t.engine.sync(t.policy)
         rollout = t.engine.generate(
             [p.ids for p in unique], samples, parallel.generator(config.run.seed, "rollout", step)
         )
+        t.engine.rest()
         sequences, mask = rollout.sequences, rollout.sequences.mask
         prompts = [p for p in unique for _ in range(samples)]  # one a sequence
 
@@ -100,7 +109,11 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
 
     with timer("forward"):
         forward = forward_models(config, t.policy, t.reference, t.critic, sequences)
-        mismatch = check_logprobs(rollout, forward.logprobs, config.rollout.logprob_bound)
+        bound, synced = config.rollout.logprob_bound, t.engine.synced
+        mismatch = check_logprobs(rollout, forward.logprobs, bound, synced)
+        importance, importance_metrics = importance_weights(
+            rollout, forward.logprobs, config.ppo.importance, config.ppo.importance_cap
+        )
     seen = {"values": forward.values, "group logits": forward.group_logits}
     if not t.guard.allows("rollout", **{f"reward {name}": x for name, x in raw.items()}, **seen):
         skipped = {"objective/scores": mean(raw["total"]), "guard/skipped": t.guard.skipped}
@@ -136,7 +149,7 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
             after = t.groups.probs(t.group_logits(sequences), prompts)
         weights = t.groups.weights(after, returns)
         if step >= config.ppo.critic_warmup_steps:
-            train_policy(t, step, batch, weights, updates)
+            train_policy(t, step, batch, weights.unsqueeze(1) * importance, updates)
     t.groups.control(probs, exp.seq_kl)
 
     with timer("metrics"):
@@ -150,8 +163,10 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
             "rollout/length": mean(sequences.answer_lengths),
             "rollout/truncated": mean(rollout.truncated),
             "rollout/logprob_diff_max": mismatch,
+            "perf/sync_bytes": synced.bytes,
             "guard/skipped": t.guard.skipped,
         }
+        metrics |= importance_metrics
         metrics |= {f"reward/{name}": mean(part) for name, part in raw.items() if name != "total"}
         if config.ppo.has_critic:
             metrics["value/explained_var"] = explained_variance(forward.values, exp.returns, mask)
@@ -247,10 +262,10 @@ def train_critic(t: Setup, step: int, batch: Batch, updates: Averages) -> None:
 
 
 def train_policy(t: Setup, step: int, batch: Batch, weights: Tensor, updates: Averages) -> None:
-    """The clipped surrogate with advantages times c_i (`weights`); sums over micro-batches and
-    ranks with one global denominator."""
+    """The clipped surrogate with advantages times `weights` (S, T): c_i, and importance weights.
+    Sums over micro-batches and ranks with one global denominator."""
     config, mask, forward = t.config, batch.mask, batch.forward
-    advantages = batch.experience.advantages * weights.unsqueeze(1)
+    advantages = batch.experience.advantages * weights
     t.policy.train()
     for epoch in range(config.ppo.ppo_epochs):
         for chosen in shuffled(t, "policy", step, epoch):
@@ -427,6 +442,7 @@ class ReferenceScores:
         t.engine.sync(t.reference)
         draws = parallel.generator(t.config.run.seed, "reference", step)
         rollout = t.engine.generate([p.ids for p in prompts], k, draws)
+        check_engine(t.config, t.engine, rollout, t.reference, most=64)
         repeated = [p for p in prompts for _ in range(k)]
         scores = t.scorer(repeated, rollout.sequences, rollout.truncated)["total"]
         self.scores[torch.tensor(todo, device=scores.device)] = scores.view(-1, k)

@@ -20,6 +20,7 @@ from trainer import models, parallel
 from trainer.batching import Piece, Sequences, batch_indices, forward_all, pieces
 from trainer.checkpoint import Checkpoints, TrainState, finished
 from trainer.data import DataError, Pair, load_pairs
+from trainer.experience import check_engine
 from trainer.faults import Guard
 from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, progress, read_lines, say
 from trainer.optim import Optimizer
@@ -197,6 +198,8 @@ def toy_pairs(config, policy: models.Policy, tokenizer) -> list[Pair]:
     rollout = engine.generate(
         [p.ids for p in prompts], config.rm.best_of, parallel.generator(seed, "pairs")
     )
+    engine.rest()
+    check_engine(config, engine, rollout, policy)
     answers = rollout.sequences.answers()
     pairs = []
     for i, prompt in enumerate(prompts):

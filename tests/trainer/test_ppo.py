@@ -1,8 +1,10 @@
 """The whole loop on a model of seconds: determinism, invariances, ablations, what it leaves."""
 
 import copy
+import dataclasses
 import io
 import json
+import math
 import shutil
 
 import pytest
@@ -306,10 +308,36 @@ def test_wrong_rollout_logprobs_stop_the_run(fresh, monkeypatch):
         stale = copy.deepcopy(t.policy)
         for p in stale.parameters():
             p.mul_(1.05)
-    monkeypatch.setattr(t.engine, "sync", lambda policy: None)
-    t.engine.policy = stale
-    with pytest.raises(LogprobMismatch, match=r"logprob_bound=0.001: .* differ by up to"):
+    sync = t.engine.sync
+    monkeypatch.setattr(t.engine, "sync", lambda policy, step: sync(stale, step))
+    with pytest.raises(
+        LogprobMismatch, match=r"logprob_bound=0.001: .* look at sync 1 \(the first"
+    ):
         ppo.iteration(t, 0)
+    with pytest.raises(LogprobMismatch, match=r"sync 2 \(an update, weights of step 3\)"):
+        t.engine.sync(t.policy, 3)
+        t.evaluator(t.policy)
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_importance_weights_reach_the_policy_loss(fresh, monkeypatch, kind):
+    """An engine that says every token was half as probable as it was: weights of 2, or the cap."""
+    losses = {}
+    for name in ("none", kind):
+        options = ["rollout.logprob_bound=1", "ppo.importance_cap=3"]
+        config, run = fresh(f"ppo.importance={name}", *options)
+        t = ppo.Setup.of(config, run)
+        generate = t.engine.generate
+
+        def halved(*arguments, generate=generate):
+            rollout = generate(*arguments)
+            return dataclasses.replace(rollout, logprobs=rollout.logprobs - math.log(2))
+
+        monkeypatch.setattr(t.engine, "generate", halved)
+        metrics = ppo.iteration(t, 0)
+        losses[name] = metrics["policy/grad_norm"]
+    assert metrics["importance/mean"] == pytest.approx(2 if kind == "token" else 3, rel=0.1)
+    assert losses[kind] > 1.5 * losses["none"]
 
 
 def test_final_table(plain_run):
