@@ -125,6 +125,8 @@ def _wins(text: str, source: str, ours: str, theirs: str) -> Claim:
         if seen is None:
             return None
         ends = (seen.low - 0.5, seen.high - 0.5)
+        if seen.seeds == 1:  # prompts are resampled, but one seed speaks for no other
+            ends = (math.nan, math.nan)
         return Interval(seen.rate - 0.5, *ends, ends, seen.seeds)
 
     compared = f"{ours} against {theirs}, bootstrap"
