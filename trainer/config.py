@@ -514,8 +514,16 @@ class Groups:
 
     inference: Literal["exact", "adversarial", "oracle", "random", "none"] = "exact"
     """How groups are found; none: plain PPO."""
-    num_groups: int = 2
+    num_groups: int = 4
     """M. Group 0 is the hardest. With oracle: the number of the data's domains."""
+    assign: Literal["hard", "soft"] = "hard"
+    """hard: sequences ranked by the head, cut where the rank's variance between groups is largest;
+    soft: the head's probabilities, which one noisy return a sequence keeps close to each other."""
+    focus: float = 1.0
+    """Share of a step's prompts that are drawn so that each group is met equally often; 0: prompts
+    as they come. Needs on=prompt."""
+    pool: int = 4
+    """Prompts that the head looks at for each one that is drawn, where focus > 0."""
     performance: Literal["raw", "over_reference", "quantile", "rating"] = "over_reference"
     """What is compared between prompts: the score, or the score against reference answers'."""
     reference_answers: int = 4
@@ -526,8 +534,9 @@ class Groups:
     """R_i: the score, or the score less the KL penalty."""
     form: Literal["mass", "uniform", "one_sided"] = "mass"
     """Form of the between-group variance."""
-    beta: float = 1.0
-    """Weight of the variance in the policy's objective; 0: no policy weights."""
+    beta: float = 0.0
+    """Weight of the variance in the policy's objective: scales advantages, 1 in the paper; 0: no
+    policy weights. Beside focus they cost more than they bring (docs/evidence.md)."""
     critic_beta: float = 1.0
     """Weight of the head's loss beside the critic's."""
     balance: float = 0.1
@@ -551,6 +560,10 @@ class Groups:
     def active(self) -> bool:
         return self.inference != "none"
 
+    @property
+    def has_head(self) -> bool:
+        return self.inference in ("exact", "adversarial")
+
     def __post_init__(self) -> None:
         _want(2 <= self.num_groups <= 64, "groups.num_groups", self.num_groups, "2 to 64")
         _want(
@@ -566,6 +579,14 @@ class Groups:
         _want(self.min_size > 0, "groups.min_size", self.min_size, "1 or more")
         _want(self.head_lr > 0, "groups.head_lr", self.head_lr, "more than 0")
         _want(0 <= self.ema < 1, "groups.ema", self.ema, "[0, 1)")
+        _want(0 <= self.focus <= 1, "groups.focus", self.focus, "a share, 0 to 1")
+        _want(self.pool >= 2, "groups.pool", self.pool, "2 or more")
+        _want(
+            not (self.focus and self.has_head and self.on == "response"),
+            "groups.on",
+            self.on,
+            "prompt where groups.focus > 0: prompts are drawn before they have a response",
+        )
         _want(self.dro_lr > 0, "groups.dro_lr", self.dro_lr, "more than 0")
         _want(0 < self.cvar_alpha <= 1, "groups.cvar_alpha", self.cvar_alpha, "(0, 1]")
 
@@ -573,9 +594,10 @@ class Groups:
 @dataclass(frozen=True, kw_only=True)
 class Kl:
     coef: float = 0.05
-    """eta. Adaptive KL wants 2 to 5 times what plain PPO does: it lowers the mean coefficient."""
-    adaptive: bool = True
-    """Per sequence: eta * (floor + (1 - floor) * p_easiest); relaxed where it is hard."""
+    """eta. With adaptive it wants to be 2 to 5 times as large: the mean coefficient falls."""
+    adaptive: bool = False
+    """Per sequence: eta * (floor + (1 - floor) * p_easiest); relaxed where it is hard. At an equal
+    mean coefficient it brought nothing beside focus (docs/evidence.md)."""
     floor: float = 0.1
     """kappa: what is left of eta on the hardest; the paper has 0."""
     estimator: Literal["k1", "k2", "k3", "exact"] = "k1"

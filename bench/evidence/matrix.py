@@ -74,8 +74,19 @@ class Section:
 
 
 PLAIN = ("groups.inference=none", "kl.adaptive=false")
-PPO_COEFS = (0.0, 0.1, 0.2, 0.4, 0.8)
-FEW_COEFS = (0.1, 0.2, 0.8)
+PPO_COEFS = (0.0, 0.2, 0.3, 0.45, 0.7)
+FEW_COEFS = (0.2, 0.8)
+SOFT = (
+    "groups.num_groups=2",
+    "groups.assign=soft",
+    "groups.focus=0",
+    "groups.beta=1",
+    "kl.adaptive=true",
+    "kl.coef=0.8",
+)
+"""Weights and adaptive KL on two soft groups, as in the paper, but found by exact inference."""
+AS_THEY_COME = ("groups.focus=0", "groups.beta=1")
+"""Weights on advantages instead of drawing: where an objective is to be seen by itself."""
 
 
 def _reward_function(name: str) -> str:
@@ -84,7 +95,7 @@ def _reward_function(name: str) -> str:
 
 def _fixed(name: str, title: str, *overrides: str, source: str = "default", **more) -> Arm:
     """An arm with one KL coefficient for all, the mean of `source`."""
-    return Arm(name, title, ("kl.adaptive=false", *overrides), coef_from=source, **more)
+    return Arm(name, title, (*overrides, "kl.adaptive=false"), coef_from=source, **more)
 
 
 def _ppo(coef: float, prefix: str = "", **more) -> Arm:
@@ -92,7 +103,7 @@ def _ppo(coef: float, prefix: str = "", **more) -> Arm:
     return Arm(f"{prefix}ppo_{coef:g}", f"PPO, KL coefficient {coef:g}", overrides, **more)
 
 
-def _trio(prefix: str, what: str, overrides: tuple[str, ...] = (), **more) -> tuple[Arm, ...]:
+def _pair(prefix: str, what: str, overrides: tuple[str, ...] = (), **more) -> tuple[Arm, ...]:
     """The method and its control where something else is changed for both."""
     return (
         Arm(f"{prefix}/default", f"group-invariant, {what}", overrides, **more),
@@ -110,39 +121,51 @@ def _trio(prefix: str, what: str, overrides: tuple[str, ...] = (), **more) -> tu
 def _world(name: str) -> tuple[Arm, ...]:
     return (
         Arm(f"{name}/sft", f"SFT, {name}", world=name, kind="evaluate"),
-        *_trio(name, name, world=name),
-        Arm(f"{name}/no_weights", f"no policy weights, {name}", ("groups.beta=0.0",), name),
+        *_pair(name, name, world=name),
+        Arm(f"{name}/soft", f"weights and adaptive KL, soft groups, {name}", SOFT, name),
         *(_ppo(coef, f"{name}/", world=name) for coef in FEW_COEFS),
     )
 
 
 _MAIN = (
     Arm("sft", "SFT", kind="evaluate"),
-    Arm("default", "group-invariant, as packaged"),
-    _fixed("ppo_equal", "PPO at the method's mean coefficient", *PLAIN),
-    Arm("no_weights", "without the variance term", ("groups.beta=0.0",)),
-    _fixed("fixed_kl", "without adaptive KL, at the mean coefficient"),
-    Arm("fixed_kl_nominal", "without adaptive KL, at the nominal one", ("kl.adaptive=false",)),
+    Arm("default", "group-invariant, as packaged: prompts drawn evenly from hard groups"),
+    _fixed("ppo_equal", "PPO at the method's mean coefficient: without drawing", *PLAIN),
+    Arm("plus_weights", "and weights by the variance, beta 1", ("groups.beta=1",)),
+    Arm(
+        "plus_kl",
+        "and adaptive KL, kappa 0.5, about the same mean coefficient",
+        ("kl.adaptive=true", "kl.floor=0.5", "kl.coef=0.71"),
+    ),
     *(_ppo(coef) for coef in PPO_COEFS),
 )
-_INFERENCE = (
-    Arm("adversarial", "adversarial, form mass", ("groups.inference=adversarial",)),
+_PAPER = (
+    Arm("soft", "weights and adaptive KL on two soft groups, exact inference", SOFT),
+    Arm("soft_no_weights", "that without the variance term", (*SOFT, "groups.beta=0")),
+    _fixed("soft_fixed_kl", "that without adaptive KL, at its mean", *SOFT, source="soft"),
+    _fixed("soft_ppo_equal", "PPO at its mean coefficient", *PLAIN, source="soft"),
     Arm(
         "paper",
-        "as in the paper: adversarial, uniform, head on the response, kappa 0",
+        "the paper's own: adversarial, uniform, head on the response, kappa 0",
         (
+            *SOFT,
             "groups.inference=adversarial",
             "groups.form=uniform",
             "groups.on=response",
             "kl.floor=0.0",
         ),
     ),
+    Arm("weights", "weights on four hard groups, prompts as they come", AS_THEY_COME),
+)
+_INFERENCE = (
     Arm("oracle", "oracle: the true domains", ("groups.inference=oracle",)),
+    Arm("adversarial", "adversarial", ("groups.inference=adversarial",)),
     Arm("random", "random groups", ("groups.inference=random",)),
+    Arm("soft_draws", "exact, soft groups", ("groups.assign=soft",)),
 )
 _FORMS = (
-    Arm("uniform", "uniform", ("groups.form=uniform",)),
-    Arm("one_sided", "one-sided", ("groups.form=one_sided",)),
+    Arm("uniform", "uniform", (*AS_THEY_COME, "groups.form=uniform")),
+    Arm("one_sided", "one-sided", (*AS_THEY_COME, "groups.form=one_sided")),
 )
 _OBJECTIVES = {
     "group_dro": "Group-DRO",
@@ -150,23 +173,27 @@ _OBJECTIVES = {
     "sequence_variance": "variance without groups",
 }
 _NEIGHBOURS = tuple(
-    arm
+    Arm(name, title, (*AS_THEY_COME, f"groups.objective={name}"))
     for name, title in _OBJECTIVES.items()
-    for arm in (
-        Arm(name, f"{title}, adaptive KL", (f"groups.objective={name}",)),
-        _fixed(f"{name}_fixed", f"{title}, equal KL", f"groups.objective={name}"),
-    )
 )
-_GROUPS = tuple(Arm(f"m{m}", f"M = {m}", (f"groups.num_groups={m}",)) for m in (3, 4, 8))
-_BETA = tuple(Arm(f"beta_{b:g}", f"beta = {b:g}", (f"groups.beta={b}",)) for b in (0.3, 3.0, 10.0))
-_KAPPA = tuple(Arm(f"kappa_{k:g}", f"kappa = {k:g}", (f"kl.floor={k}",)) for k in (0.0, 0.3, 0.6))
+_GROUPS = tuple(Arm(f"m{m}", f"M = {m}", (f"groups.num_groups={m}",)) for m in (2, 3, 8))
+_DRAWING = (
+    Arm("focus_0.5", "focus 0.5", ("groups.focus=0.5",)),
+    Arm("pool_8", "a pool of 8 prompts for each one drawn", ("groups.pool=8",)),
+)
+_BETA = tuple(
+    Arm(f"beta_{b:g}", f"beta = {b:g}", ("groups.focus=0", f"groups.beta={b}")) for b in (0.3, 3.0)
+)
+_KAPPA = tuple(
+    Arm(f"kappa_{k:g}", f"kappa = {k:g}", (*SOFT, f"kl.floor={k}")) for k in (0.0, 0.3, 0.6)
+)
 _PERFORMANCE = tuple(
     Arm(how, f"{how.replace('_', ' ')}, rated reward model", (f"groups.performance={how}",))
     for how in ("over_reference", "quantile")
 )
 _UNRATED = (
     Arm("unrated/sft", "SFT, unrated", world="unrated", kind="evaluate"),
-    *_trio(
+    *_pair(
         "unrated",
         "over reference, pairs alone",
         ("groups.performance=over_reference",),
@@ -177,14 +204,17 @@ _UNRATED = (
         for how in ("raw", "quantile")
     ),
 )
-_HEAD = (Arm("on_response", "head on the response", ("groups.on=response",)),)
+_HEAD = (
+    Arm("on_response", "weights and adaptive KL, head on the response",
+        (*SOFT, "groups.on=response")),
+)  # fmt: skip
 _ROBUSTNESS = (
-    *_trio("outliers", "1 reward in 20 an outlier", (_reward_function("outliers"),)),
-    *_trio("noisy", "a noisy reward model", (_reward_function("noise"),)),
-    Arm("groups_10", "10 % of sequences in a wrong group", disturb=(("wrong_group", 0.1),)),
+    *_pair("noisy", "a noisy reward model", (_reward_function("noise"),)),
+    *_pair("outliers", "1 reward in 20 an outlier", (_reward_function("outliers"),)),
     Arm("groups_30", "30 % of sequences in a wrong group", disturb=(("wrong_group", 0.3),)),
-    Arm("labels_10", "10 % of the head's labels flipped", disturb=(("wrong_label", 0.1),)),
     Arm("labels_30", "30 % of the head's labels flipped", disturb=(("wrong_label", 0.3),)),
+    Arm("groups_10", "10 % of sequences in a wrong group", disturb=(("wrong_group", 0.1),)),
+    Arm("labels_10", "10 % of the head's labels flipped", disturb=(("wrong_label", 0.1),)),
 )
 _WORLDS = {name: _world(name) for name in ("costly", "harmless", "thin")}
 
@@ -192,10 +222,12 @@ ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
         *_MAIN,
+        *_PAPER,
         *_INFERENCE,
         *_FORMS,
         *_NEIGHBOURS,
         *_GROUPS,
+        *_DRAWING,
         *_BETA,
         *_KAPPA,
         *_PERFORMANCE,
@@ -218,24 +250,43 @@ SECTIONS: dict[str, Section] = {
         _names(_MAIN),
         seeds=8,
     ),
-    "inference": Section(
-        "How groups are found", "Default: exact.", _names(_INFERENCE, "default", "ppo_equal")
+    "paper": Section(
+        "The paper's parts: weights and adaptive KL",
+        "Prompts as they come. PPO at equal mean coefficient is the control.",
+        _names(_PAPER, "default"),
+        control="soft",
     ),
-    "forms": Section("Form of the variance", "Default: mass.", _names(_FORMS, "default")),
+    "inference": Section(
+        "How groups are found",
+        "Default: exact, hard. Random groups are drawn evenly, too: that is PPO.",
+        _names(_INFERENCE, "default", "ppo_equal"),
+    ),
     "neighbours": Section(
         "Neighbouring objectives",
-        "In place of the variance term, with the adaptive KL coefficient and with its mean for "
-        "all.",
-        _names(_NEIGHBOURS, "default", "ppo_equal"),
+        "Weights on advantages instead of drawing, at the default's KL coefficient.",
+        _names(_NEIGHBOURS, "weights", "default", "ppo_equal"),
     ),
-    "groups": Section("Number of groups", "Default: M = 2.", _names(_GROUPS, "default")),
+    "groups": Section("Number of groups", "Default: M = 4.", _names(_GROUPS, "default")),
+    "drawing": Section(
+        "How prompts are drawn", "Default: focus 1, pool 4.", _names(_DRAWING, "default")
+    ),
+    "forms": Section(
+        "Form of the variance",
+        "Weights on four hard groups, prompts as they come: form mass.",
+        _names(_FORMS, "weights"),
+        control="weights",
+    ),
     "beta": Section(
-        "Weight of the variance", "Default: beta = 1.", _names(_BETA, "default", "no_weights")
+        "Weight of the variance",
+        "Four hard groups, prompts as they come: beta = 1.",
+        _names(_BETA, "weights"),
+        control="weights",
     ),
     "kappa": Section(
         "Floor of the KL coefficient",
-        "Default: kappa = 0.1. The mean coefficient rises with kappa.",
-        _names(_KAPPA, "default", "fixed_kl_nominal"),
+        "Two soft groups: kappa = 0.1. The mean coefficient rises with kappa.",
+        _names(_KAPPA, "soft"),
+        control="soft",
     ),
     "performance": Section(
         "What is compared between prompts",
@@ -248,7 +299,9 @@ SECTIONS: dict[str, Section] = {
         _names(_UNRATED),
         control="unrated/default",
     ),
-    "head": Section("What the head reads", "Default: the prompt.", _names(_HEAD, "default")),
+    "head": Section(
+        "What the head reads", "Two soft groups: the prompt.", _names(_HEAD, "soft"), control="soft"
+    ),
     **{
         name: Section(
             f"World: {name}", f"{WORLDS[name].about}.", _names(arms), control=f"{name}/default"
@@ -263,7 +316,7 @@ SECTIONS: dict[str, Section] = {
 }
 
 QUICK = ("main", "robustness")
-QUICK_ARMS = ("sft", "default", "ppo_equal", "no_weights", "ppo_0", "ppo_0.4", "groups_30")
+QUICK_ARMS = ("sft", "default", "ppo_equal", "plus_weights", "ppo_0", "ppo_0.2", "groups_30")
 QUICK_OVERRIDES = (
     "toy.hidden=64",
     "toy.layers=1",
