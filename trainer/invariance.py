@@ -53,6 +53,7 @@ class Groups:
         self.swaps = 0
         # assign=hard: where the head's ranking of sequences is cut into groups.
         self.cuts = torch.arange(1, self.num, device=device) - 0.5
+        self.share: Tensor | None = None  # (M) of the pool that prompts were last drawn from
         self.dro = torch.full((self.num,), 1 / self.num, device=device)
         floor = self.kl.floor if self.kl.adaptive else 1.0
         self.coefs = torch.full((self.num,), self.kl.coef * floor, device=device)  # of each group
@@ -133,10 +134,10 @@ class Groups:
         """
         self.cut(logits)
         probs = self.probs(logits, prompts)
-        share = probs.mean(0)
-        present = (share > 0).sum()
+        self.share = probs.mean(0)
+        present = (self.share > 0).sum()
         focus = self.config.focus
-        return probs @ (1 - focus + focus / (present * share.clamp(min=1e-9)))
+        return probs @ (1 - focus + focus / (present * self.share.clamp(min=1e-9)))
 
     def _slot(self, prompt) -> int:
         if self.inference == "oracle":
@@ -267,7 +268,8 @@ class Groups:
         kl_coef: Tensor,
         weights: Tensor,
     ) -> dict[str, float]:
-        """`score` is the raw score, `performance` the R_g the method sees; the gap is of R_g."""
+        """`score` is the raw score, `performance` the R_g the method sees; the gap is of R_g.
+        `share` is a group's part of the prompts as they come, `mass` of those that were taken."""
         mass = group_means(probs.new_ones(len(probs), 1), probs)
         columns = {
             "score": group_means(probs, scores),
@@ -275,6 +277,7 @@ class Groups:
             "kl": group_means(probs, seq_kl),
             "kl_coef": group_means(probs, kl_coef),
             "mass": mass,
+            "share": mass if self.share is None else self.share,
             "weight": group_means(probs, weights),
         }
         out = {
