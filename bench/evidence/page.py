@@ -231,7 +231,7 @@ def _section(runs: Runs, section: Section) -> list[Block]:
             ]
     for prefix, text in (
         ("coef", "Less PPO's curve at the arm's own mean KL coefficient [95 %] (seeds)."),
-        ("kl", "Less PPO's frontier at the arm's own final KL [95 %] (seeds)."),
+        ("kl", "Less PPO's curve at the arm's own final KL, level beyond its ends."),
     ):
         names = [f"{prefix}:{name}" for name in FRONTIER]
         rows = [
