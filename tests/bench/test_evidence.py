@@ -312,6 +312,7 @@ def test_the_best_coefficient_in_hindsight_and_on_the_other_seeds():
             "default": {1: 0.5, 2: 0.5, 3: 0.5},
             "ppo_0.2": {1: 0.9, 2: 0.3, 3: 0.3},
             "ppo_0.3": {1: 0.2, 2: 0.5, 3: 0.5},
+            "ppo_0.7": {1: 0.1, 2: 0.1, 3: 0.1, 4: 1.0},
         }
     )
     seen, best = runs.against_best("default", "gold_run", hindsight=True)
