@@ -36,11 +36,17 @@ class Claim:
     """above, below, not below."""
     figure: str
     """Which measure, in a word or two."""
-    compared: str
-    """Of which arms."""
+    arms: tuple[str, ...]
+    """Ours, and the one it is compared with."""
+    how: str
+    """Compared in which way."""
     look: Callable[[Runs], Interval | None]
     gold: bool = True
     """The figure is on gold's scale, where MARGIN has a meaning."""
+
+    @property
+    def compared(self) -> str:
+        return self.how.format(*self.arms)
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,8 @@ def _pair(text: str, source: str, want: str, ours: str, theirs: str, measure: st
         source,
         want,
         MEASURES[measure].short,
-        f"{ours} less {theirs}",
+        (ours, theirs),
+        "{0} less {1}",
         lambda runs: runs.paired(ours, theirs, measure),
         MEASURES[measure].gold,
     )
@@ -99,24 +106,26 @@ def _best(text: str, measure: str, hindsight: bool) -> Claim:
         "ours",
         "not below",
         MEASURES[measure].short,
-        f"default less PPO at the coefficient that is {how}",
+        ("default",),
+        "{0} less PPO at the coefficient that is " + how,
         lambda runs: runs.against_best("default", measure, hindsight)[0],
     )
 
 
-def _own(text: str, source: str, measure: str, compared: str) -> Claim:
-    """A figure of the default arm that is a difference by itself, or should be above 0."""
+def _own(text: str, source: str, want: str, arm: str, measure: str, how: str) -> Claim:
+    """A figure of one arm that is a difference by itself, or should be above 0."""
     figure = MEASURES[measure.rpartition(":")[2]]
     gold = ":" in measure and figure.gold
     return Claim(
-        text,
-        source,
-        "above",
-        figure.short,
-        compared,
-        lambda runs: runs.own("default", measure),
-        gold,
+        text, source, want, figure.short, (arm,), how, lambda runs: runs.own(arm, measure), gold
     )
+
+
+def _curve(text: str, source: str, want: str, arm: str, x: str, *measures: str) -> list[Claim]:
+    """Against PPO's curve, at the arm's own mean coefficient (x = coef) or KL (x = kl)."""
+    where = {"coef": "mean coefficient", "kl": "KL"}[x]
+    how = "{0} less PPO's curve at its own " + where
+    return [_own(text, source, want, arm, f"{x}:{measure}", how) for measure in measures]
 
 
 def _wins(text: str, source: str, ours: str, theirs: str) -> Claim:
@@ -125,14 +134,17 @@ def _wins(text: str, source: str, ours: str, theirs: str) -> Claim:
         if seen is None:
             return None
         ends = (seen.low - 0.5, seen.high - 0.5)
+        if seen.seeds == 1:  # prompts are resampled, but one seed speaks for no other
+            ends = (math.nan, math.nan)
         return Interval(seen.rate - 0.5, *ends, ends, seen.seeds)
 
-    compared = f"{ours} against {theirs}, bootstrap"
-    return Claim(text, source, "above", "win rate less 1/2", compared, look, gold=False)
+    how = "{0} against {1}, bootstrap"
+    return Claim(text, source, "above", "win rate less 1/2", (ours, theirs), how, look, gold=False)
 
 
-EQUAL = "ppo_equal"
-CLAIMS: tuple[Claim, ...] = (
+EQUAL, SOFT_EQUAL = "ppo_equal", "soft_ppo_equal"
+
+METHOD: tuple[Claim, ...] = (
     *(
         _pair("Better in the worst domain than PPO at equal mean KL coefficient", "ours", "above",
               "default", EQUAL, measure)
@@ -150,42 +162,60 @@ CLAIMS: tuple[Claim, ...] = (
     _wins("Its answers win against PPO's", "paper", "default", EQUAL),
     _wins("Its answers win against the SFT model's", "paper", "default", "sft"),
     _pair("Better than PPO out of distribution", "paper", "above", "default", EQUAL, "ood_final"),
-    *_both("Better than without the variance term", "paper", "above", "default", "no_weights"),
-    *_both("Better than without adaptive KL (equal mean)", "paper", "above", "default", "fixed_kl"),
-    *_both(
-        "Better than without adaptive KL (equal nominal)", "paper", "above", "default",
-        "fixed_kl_nominal",
-    ),
-    _own("More reward at equal KL than PPO", "paper", "kl:proxy_final",
-         "default less PPO's frontier at its KL"),
-    *(
-        _own("More gold at equal KL than PPO", "ours", f"kl:{measure}",
-             "default less PPO's frontier at its KL")
-        for measure in ("worst_final", "gold_final")
-    ),
+    *_curve("More reward at equal KL than PPO", "paper", "above", "default", "kl", "proxy_final"),
+    *_curve("More gold at equal KL than PPO", "ours", "above", "default", "kl", "worst_final",
+            "gold_final"),
     _pair("A smaller gap between the groups than PPO", "paper", "below", "default", EQUAL,
           "group_gap"),
     _pair("A smaller gap between the domains than PPO", "ours", "below", "default", EQUAL,
           "gap_final"),
     _pair("A steadier training curve than PPO", "paper", "below", "default", EQUAL, "noise"),
     _pair("Less over-optimisation than PPO", "paper", "below", "default", EQUAL, "drift"),
-    _own("The groups agree with the true domains more than chance", "reviewers", "ami",
-         "default: group and domain"),
-    _own("The groups tell difficulty", "reviewers", "difficulty",
-         "default: group and the SFT model's gold on the prompt"),
+    *_both("Weights by the variance on top are better", "ours", "above", "plus_weights",
+           "default"),
+    *_both("Adaptive KL on top is better", "ours", "above", "plus_kl", "default"),
+)  # fmt: skip
+
+PAPER: tuple[Claim, ...] = (
+    *_both("Weights and adaptive KL: better than PPO at their mean coefficient", "paper", "above",
+           "soft", SOFT_EQUAL),
+    *_both("... than without the variance term", "paper", "above", "soft", "soft_no_weights"),
+    *_both("... than without adaptive KL, at equal mean", "paper", "above", "soft",
+           "soft_fixed_kl"),
+    _wins("... their answers win against PPO's", "paper", "soft", SOFT_EQUAL),
+    _pair("... better than PPO out of distribution", "paper", "above", "soft", SOFT_EQUAL,
+          "ood_final"),
+    *_curve("... more reward at equal KL than PPO", "paper", "above", "soft", "kl", "proxy_final"),
+    _pair("... a smaller gap between the groups", "paper", "below", "soft", SOFT_EQUAL,
+          "group_gap"),
+    _pair("... a steadier training curve", "paper", "below", "soft", SOFT_EQUAL, "noise"),
+    _pair("... less over-optimisation", "paper", "below", "soft", SOFT_EQUAL, "drift"),
+    *_curve("The paper's own recipe: better than PPO at its mean coefficient", "paper", "above",
+            "paper", "coef", "worst_run", "gold_run"),
+    *_both("Exact inference is better than the paper's recipe", "ours", "above", "soft", "paper"),
+    *_both("Drawing is better than weights and adaptive KL", "ours", "above", "default", "soft"),
+    *_both("Drawing is better than weights on the same groups", "ours", "above", "default",
+           "weights"),
+)  # fmt: skip
+
+GROUPS: tuple[Claim, ...] = (
+    _own("The groups agree with the true domains more than chance", "reviewers", "above",
+         "default", "ami", "{0}: group and domain"),
+    _own("The groups tell difficulty", "reviewers", "above", "default", "difficulty",
+         "{0}: group and the SFT model's gold on the prompt"),
     *_both("Inferred groups are better than random ones", "reviewers", "above", "default",
            "random"),
+    *_both("No worse than with the true domains", "reviewers", "not below", "default", "oracle"),
     *_both("Exact inference is better than adversarial", "ours", "above", "default", "adversarial"),
-    *_both("Better than the paper's own recipe", "ours", "above", "default", "paper"),
-    *_both("No worse than with the true domains", "ours", "not below", "default", "oracle"),
-    *_both("Form mass is better than uniform", "ours", "above", "default", "uniform"),
-    *_both("Form mass is better than one-sided", "ours", "above", "default", "one_sided"),
+    *_both("Hard groups are better than soft ones", "ours", "above", "default", "soft_draws"),
     *(
         claim
-        for m in (3, 4, 8)
-        for claim in _both(f"Two groups are no worse than {m}", "reviewers", "not below",
+        for m in (2, 3, 8)
+        for claim in _both(f"Four groups are no worse than {m}", "reviewers", "not below",
                            "default", f"m{m}")
     ),
+    *_both("Drawing fully is no worse than by half", "ours", "not below", "default", "focus_0.5"),
+    *_both("A pool of 4 is no worse than one of 8", "ours", "not below", "default", "pool_8"),
     *(
         claim
         for name, title in (
@@ -193,20 +223,31 @@ CLAIMS: tuple[Claim, ...] = (
             ("cvar", "CVaR"),
             ("sequence_variance", "variance without groups"),
         )
-        for claim in _both(f"Better than {title}, at equal KL coefficient", "reviewers", "above",
-                           "default", f"{name}_fixed")
+        for claim in _both(f"Better than {title}", "reviewers", "above", "default", name)
     ),
-    *_both("The head reads the prompt better than the response", "ours", "above", "default",
+    *_both("For weights, form mass is better than uniform", "ours", "above", "weights", "uniform"),
+    *_both("For weights, form mass is better than one-sided", "ours", "above", "weights",
+           "one_sided"),
+    *_both("The head reads the prompt better than the response", "ours", "above", "soft",
            "on_response"),
     *_both("Ratings are better groups than answers of the reference", "ours", "above", "default",
            "over_reference"),
     *_both("With pairs alone: over reference is better than raw", "ours", "above",
            "unrated/default", "unrated/raw"),
+)  # fmt: skip
+
+ELSEWHERE: tuple[Claim, ...] = (
     *(
         claim
         for world in ("unrated", "costly", "harmless", "thin")
         for claim in _both(f"World {world}: better than PPO at equal mean coefficient", "ours",
                            "above", f"{world}/default", f"{world}/ppo_equal")
+    ),
+    *(
+        claim
+        for world in ("costly", "harmless", "thin")
+        for claim in _curve(f"World {world}: weights and adaptive KL are no worse than PPO",
+                            "ours", "not below", f"{world}/soft", "coef", "worst_run", "gold_run")
     ),
     *(
         claim
@@ -225,3 +266,5 @@ CLAIMS: tuple[Claim, ...] = (
         for claim in _both(f"With {what}: no worse", "reviewers", "not below", name, "default")
     ),
 )  # fmt: skip
+
+CLAIMS = (*METHOD, *PAPER, *GROUPS, *ELSEWHERE)

@@ -227,8 +227,9 @@ class Runs:
         """ours - PPO at its best coefficient for this measure, and which that is. In hindsight: the
         best on these very seeds, which flatters PPO; else for each seed the best on the others."""
         mine, world = self.values(ours, measure), ARMS[ours].world
-        seeds = set(mine).intersection(*(self.values(name, measure) for name in self.sweep(world)))
-        if not self.sweep(world) or len(seeds) < (1 if hindsight else 2):
+        sweep = self.sweep(world)
+        seeds = set(mine).intersection(*(self.values(name, measure) for name in sweep))
+        if len(sweep) < 3 or len(seeds) < (1 if hindsight else 2):  # the best of one says nothing
             return None, ""
         judged_on = {seed: seeds if hindsight else seeds - {seed} for seed in sorted(seeds)}
         best = {seed: self.best_ppo(world, measure, sorted(on)) for seed, on in judged_on.items()}

@@ -163,8 +163,9 @@ def _wins(runs: Runs) -> list[Block]:
         ("default", "sft"),
         ("default", "ppo_equal"),
         *(("default", name) for name in runs.sweep("toy") if name != "ppo_equal"),
-        ("default", "no_weights"),
-        ("default", "fixed_kl"),
+        ("default", "soft"),
+        ("default", "paper"),
+        ("soft", "soft_ppo_equal"),
         ("ppo_equal", "sft"),
     ):
         if (seen := runs.win_rate(ours, theirs)) is not None:
@@ -203,6 +204,7 @@ def _section(runs: Runs, section: Section) -> list[Block]:
     if not arms:
         return []
     blocks = [Block("heading", section.title), Block("text", section.about)]
+    steadied = (SECTIONS["main"], SECTIONS["paper"])
     for text, names in (
         ("Means over seeds; the number of seeds in brackets.", TABLE),
         ("Groups and what is done with them.", GROUPS),
@@ -213,7 +215,7 @@ def _section(runs: Runs, section: Section) -> list[Block]:
             for arm in arms
         ]
         rows = [row for row in rows if any(row[1:])]
-        if rows and (names is not STABILITY or section is SECTIONS["main"]):
+        if rows and (names is not STABILITY or section in steadied):
             blocks += [Block("text", text), Block("table", head=_head(names), rows=tuple(rows))]
     for control in _controls(section, arms):
         rows = [
@@ -229,7 +231,7 @@ def _section(runs: Runs, section: Section) -> list[Block]:
             ]
     for prefix, text in (
         ("coef", "Less PPO's curve at the arm's own mean KL coefficient [95 %] (seeds)."),
-        ("kl", "Less PPO's frontier at the arm's own final KL [95 %] (seeds)."),
+        ("kl", "Less PPO's curve at the arm's own final KL, level beyond its ends."),
     ):
         names = [f"{prefix}:{name}" for name in FRONTIER]
         rows = [
@@ -248,7 +250,8 @@ def _section(runs: Runs, section: Section) -> list[Block]:
 
 def _controls(section: Section, arms: Sequence[str]) -> list[str]:
     equal = section.control.replace("default", "ppo_equal")
-    return [name for name in dict.fromkeys((section.control, equal)) if name in arms]
+    names = (section.control, equal, "default", "soft_ppo_equal")
+    return [name for name in dict.fromkeys(names) if name in arms]
 
 
 def _against_best(runs: Runs, section: Section, arms: Sequence[str]) -> list[Block] | None:
@@ -348,7 +351,7 @@ def plots(runs: Runs, target: Path) -> list[Block]:
     return blocks
 
 
-CURVES = ("default", "ppo_equal", "no_weights", "fixed_kl")
+CURVES = ("default", "ppo_equal", "plus_weights", "plus_kl")
 
 
 def _curves(runs: Runs) -> Figure | None:
@@ -410,8 +413,10 @@ def _frontier(runs: Runs) -> Figure | None:
     figure = Figure(figsize=(9.6, 6.4))
     beside = {
         "default": RUN_COLOURS[0],
-        "no_weights": RUN_COLOURS[2],
-        "fixed_kl": RUN_COLOURS[3],
+        "plus_weights": RUN_COLOURS[2],
+        "plus_kl": RUN_COLOURS[3],
+        "soft": RUN_COLOURS[4],
+        "paper": RUN_COLOURS[6],
         "sft": SFT_COLOUR,
     }
     for place, (x, y) in enumerate(
