@@ -55,7 +55,7 @@ def test_keys_that_yaml_1_1_takes_for_truth_values(tmp_path):
         ("groups.bta=1", "groups.bta: unknown key (did you mean beta?)"),
         ("toy.pairs={sort: 1.5}", "toy.pairs.sort: is 1.5; want a share, 0 to 1"),
         ("toy.pairs={sotr: 1}", "toy.pairs.sotr: is 'sotr'; want one of"),
-        ("lr=1", "unknown section (did you mean sft.lr or rm.lr or ppo.lr?)"),
+        ("lr=1", "unknown section (did you mean sft.lr or rm.lr or ppo.lr or metarm.lr?)"),
         ("groups.beta=abc", "groups.beta: is 'abc'; want number"),
         ("groups.beta=true", "groups.beta: is True; want number"),
         ("ppo.steps=1.5", "ppo.steps: is 1.5; want whole number"),
@@ -124,11 +124,12 @@ def test_a_baseline_is_the_run_with_its_overrides_in_its_own_folder():
     config = load("toy", ["run.output=here"])
     plain = config.baseline("ppo")
     assert plain.run.output == "here/baselines/ppo" and plain.baselines == {}
-    assert not plain.groups.active and not plain.kl.adaptive
+    assert not plain.groups.active
     assert settings.differences(plain, config) == [
         "baselines: None -> {}",
-        "baselines.ppo: ['groups.inference=none'] -> None",
+        "baselines.ppo: ['groups.inference=none', 'kl.coef=0.45'] -> None",
         "groups.inference: 'exact' -> 'none'",
+        "kl.coef: 0.71 -> 0.45",
     ]
     assert plain.sft == config.sft and plain.ppo == config.ppo
 
