@@ -27,7 +27,7 @@ SETTINGS = [
     "eval.every=4",
     "trainer.save_every=1",
 ]
-MINUTES = 300  # seconds that a child may take on a slow and busy machine
+PATIENCE = 1800  # seconds, on a slow and busy machine: only what hangs takes longer
 
 
 def command(output, settings, resume=False, fault=None):
@@ -78,7 +78,7 @@ def hang():
 
 
 def run(*arguments) -> int:
-    return children.wait([children.start(command, *arguments)], MINUTES)[0]
+    return children.wait([children.start(command, *arguments)], PATIENCE)[0]
 
 
 def test_killed_broken_and_hung_in_the_middle_of_generating(base, tmp_path):
@@ -133,7 +133,7 @@ def test_two_ranks_with_an_engine_each_or_one_together(base, tmp_path, share):
     for ranks in (1, 2):
         arguments = (base.path / "models", tmp_path / str(ranks), share if ranks == 2 else 1)
         processes = children.ranks(ranks, iterate, *arguments)
-        assert children.wait(processes, MINUTES) == [0] * ranks
+        assert children.wait(processes, PATIENCE) == [0] * ranks
         found.append(torch.load(tmp_path / str(ranks) / "lines"))
     for one, two in zip(*found):
         assert two["rollout/logprob_diff_max"] < 1e-4
@@ -162,7 +162,7 @@ def test_memory_stays_flat_over_200_steps(base, tmp_path):
     shutil.copytree(base.path / "models", tmp_path / "models")
     settings = ["ppo.steps=200", "eval.every=0", "trainer.save_every=0"]
     process = children.start(note_memory, tmp_path, settings)
-    assert children.wait([process], 2 * MINUTES) == [0]
+    assert children.wait([process], PATIENCE) == [0]
     sizes = torch.tensor(torch.load(tmp_path / "sizes"), dtype=torch.float64)
     early, late = sizes[40:60].mean(), sizes[-20:].mean()
     assert late < 1.02 * early, (early, late)
@@ -195,7 +195,7 @@ def test_the_toy_run_learns_what_it_learns_with_the_other_engine(tmp_path):
     gains = {}
     for engine in ("hf", "vllm"):
         process = children.start(whole_run, tmp_path / engine, [f"rollout.engine={engine}"])
-        assert children.wait([process], 2 * MINUTES) == [0]
+        assert children.wait([process], PATIENCE) == [0]
         folder = RunFolder(tmp_path / engine)
         (before,) = evaluations(folder, "sft")
         after = [line["eval/proxy"] for line in evaluations(folder, "policy")[-3:]]
