@@ -94,8 +94,8 @@ def test_killed_broken_and_hung_in_the_middle_of_generating(base, tmp_path):
     assert "in fail" in said  # vLLM's traceback, and then one line
     assert said.strip().splitlines()[-1] == (
         "gi: rollout.engine=vllm: the engine of rank 0 could not generate: RuntimeError: CUDA "
-        "error: an illegal memory access was encountered. Checkpoints are intact: --resume goes on "
-        "from the newest"
+        "error: an illegal memory access was encountered more of it. Checkpoints are intact: "
+        "--resume goes on from the newest"
     )
     assert run(broken, [*SETTINGS, "rollout.timeout=20"], True, (3, hang)) == 1
     said = (broken / "stderr").read_text()

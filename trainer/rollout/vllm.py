@@ -150,8 +150,7 @@ class _OneClearError:
         problem = None
         if error is not None:
             traceback.print_exception(error)  # vLLM's inside is worth seeing once
-            lines = str(error).strip().splitlines()
-            problem = f"{type(error).__name__}: {lines[0] if lines else ''}"
+            problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         problems = parallel.gather_objects(problem)
         for rank, each in enumerate(problems):
             if each is not None:
