@@ -87,6 +87,7 @@ def test_killed_broken_and_hung_in_the_middle_of_generating(base, tmp_path):
     for folder in (unbroken, broken):
         shutil.copytree(base.path / "models", folder / "models")
     assert run(unbroken, SETTINGS) == 0
+    assert "Traceback" not in (unbroken / "stderr").read_text()  # nor at its end
 
     assert run(broken, SETTINGS, False, (1, die)) == -signal.SIGKILL
     assert run(broken, SETTINGS, True, (2, fail)) == 1

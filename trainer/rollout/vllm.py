@@ -235,6 +235,8 @@ class Vllm:
         before = random.state_dict()  # vLLM seeds the whole process
         self.llm = LLM(self.folder.name, **options)
         random.load_state_dict(before)
+        # Its end would be that of the process group, which is the trainer's.
+        self.llm.llm_engine.engine_core._finalizer.detach()
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
