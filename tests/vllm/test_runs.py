@@ -184,22 +184,29 @@ TOY = [
 ]
 
 
-def whole_run(output, settings):
-    """`gi train toy`: sft, reward model, ppo."""
+def stages(output, command, settings):
+    """`gi train toy` of some stages, or `gi ppo toy`."""
     from trainer.__main__ import main
 
-    sys.exit(main(["train", "toy", *TOY, *settings, "--output", str(output)]))
+    sys.exit(main([command, "toy", *TOY, *settings, "--output", str(output)]))
 
 
 def test_the_toy_run_learns_what_it_learns_with_the_other_engine(tmp_path):
-    """Proxy over the run, in units of what PPO gains: seeds differ by about a tenth of it."""
+    """Proxy over the run, against the same reward model. Single evaluations scatter by a fifth of
+    what PPO gains; an engine that samples from anything else gains nothing, or is found out."""
+
+    def child(*arguments):
+        return children.wait([children.start(stages, *arguments)], PATIENCE)[0]
+
+    assert child(tmp_path / "hf", "train", ["run.stages=[sft,rm]"]) == 0
+    shutil.copytree(tmp_path / "hf" / "models", tmp_path / "vllm" / "models")
     gains = {}
     for engine in ("hf", "vllm"):
-        process = children.start(whole_run, tmp_path / engine, [f"rollout.engine={engine}"])
-        assert children.wait([process], PATIENCE) == [0]
-        folder = RunFolder(tmp_path / engine)
-        (before,) = evaluations(folder, "sft")
-        after = [line["eval/proxy"] for line in evaluations(folder, "policy")[-3:]]
-        gains[engine] = sum(after) / 3 - before["eval/proxy"]
+        run = RunFolder(tmp_path / engine)
+        run.config.unlink(missing_ok=True)
+        assert child(run.path, "ppo", [f"rollout.engine={engine}"]) == 0
+        (before,) = evaluations(run, "sft")
+        after = [line["eval/proxy"] for line in evaluations(run, "policy")[1:]]
+        gains[engine] = sum(after) / len(after) - before["eval/proxy"]
     assert gains["hf"] > 0.1
-    assert gains["vllm"] == pytest.approx(gains["hf"], rel=0.3)
+    assert gains["vllm"] == pytest.approx(gains["hf"], rel=0.5)
