@@ -121,7 +121,7 @@ def iterate(models, output, share):
     if parallel.is_main():
         shutil.copytree(models, folder.path / "models")
     parallel.barrier()
-    made = config(output, f"rollout.tensor_parallel={share}", "ppo.prompts_per_step=6")
+    made = config(output, f"rollout.tensor_parallel={share}", "ppo.prompts_per_step=8")
     t = ppo.Setup.of(made, folder)
     lines = [ppo.iteration(t, step) for step in (0, 1)]
     if parallel.is_main():
