@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import random
 import shutil
 import statistics
 import time
@@ -27,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import gikernels
@@ -162,9 +162,10 @@ def flourishes(text: str) -> int:
 
 def interval(values: list[float], draws: int = 10_000) -> tuple[float, float, float]:
     """Mean, and the middle 95 % of the means of resampled seeds."""
-    generator = random.Random(0)
-    means = sorted(statistics.mean(generator.choices(values, k=len(values))) for _ in range(draws))
-    return statistics.mean(values), means[int(0.025 * draws)], means[int(0.975 * draws)]
+    given = np.asarray(values)
+    picks = np.random.default_rng(0).integers(len(given), size=(draws, len(given)))
+    low, high = np.quantile(given[picks].mean(1), (0.025, 0.975))
+    return float(given.mean()), float(low), float(high)
 
 
 def column(rows: list[dict], variant: str, n: int, key: str) -> dict[int, float]:
@@ -307,9 +308,7 @@ def cost(folder: Path, repeats: int = 15) -> dict:
     torch.set_num_threads(1)
     config = load("toy", ["run.output=" + str(folder), "model.policy=toy"])
     world = World(config.toy)
-    folder.mkdir(parents=True, exist_ok=True)
-    world.model(0).save_pretrained(folder / "toy")
-    world.tokenizer().save_pretrained(folder / "toy")
+    make_toy(config, folder)
     pairs = [
         reward.Pair(
             prompt_ids=p.ids,
@@ -341,6 +340,13 @@ def cost(folder: Path, repeats: int = 15) -> dict:
         out[name] = {"seconds": median, "of_plain": median / plain}
     out["memory"] = memory(config, folder)
     return out
+
+
+def make_toy(config, folder: Path) -> None:
+    world = World(config.toy)
+    folder.mkdir(parents=True, exist_ok=True)
+    world.model(0).save_pretrained(folder / "toy")
+    world.tokenizer().save_pretrained(folder / "toy")
 
 
 def made(config, folder: Path, pairs, both, answers):
@@ -375,7 +381,7 @@ def memory(config, folder: Path) -> dict[str, float]:
 
 def live_bytes() -> int:
     gc.collect()
-    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     return sum(storages.values())
 
