@@ -302,7 +302,7 @@ def plot(results: dict, path: Path) -> None:
 # --- cost -----------------------------------------------------------------------------------------
 
 
-def cost(folder: Path, repeats: int = 15) -> dict:
+def cost(folder: Path, repeats: int = 12) -> dict:
     """Median seconds of a plain and of a meta step with equally many sequences, interleaved; and
     the bytes that live inside the ascent beyond those of a plain step's backward."""
     torch.set_num_threads(1)

@@ -53,7 +53,7 @@ def test_keys_that_yaml_1_1_takes_for_truth_values(tmp_path):
     ("override", "message"),
     [
         ("groups.bta=1", "groups.bta: unknown key (did you mean beta?)"),
-        ("lr=1", "unknown section (did you mean sft.lr or rm.lr or ppo.lr?)"),
+        ("lr=1", "unknown section (did you mean sft.lr or rm.lr or ppo.lr or metarm.lr?)"),
         ("groups.beta=abc", "groups.beta: is 'abc'; want number"),
         ("groups.beta=true", "groups.beta: is True; want number"),
         ("ppo.steps=1.5", "ppo.steps: is 1.5; want whole number"),
