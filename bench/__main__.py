@@ -30,20 +30,9 @@ from pathlib import Path
 import torch
 
 from bench import cases, measure, report, timing
+from bench.report import ROOT, commit
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl", "numpy")
-
-
-def commit() -> str:
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    head = git("rev-parse", "--short", "HEAD")
-    if not head:
-        return "no-git"
-    return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def device_name(device: torch.device) -> str:

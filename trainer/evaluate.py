@@ -18,7 +18,7 @@ from trainer.experience import forward_models
 from trainer.invariance import Groups
 from trainer.metrics import MetricsLog, RunFolder, say
 from trainer.models import Critic, Policy
-from trainer.rollout import Engine, Rollout, make_engine
+from trainer.rollout import Engine, Rollout, check_logprobs, make_engine
 from trainer.scoring import Scorer
 
 
@@ -103,6 +103,8 @@ class Evaluator:
         )
         scores = self.scorer(prompts, rollout.sequences, rollout.truncated)["total"]
         out = forward_models(self.config, policy, self.reference, critic, rollout.sequences)
+        bound = self.config.rollout.logprob_bound
+        check_logprobs(rollout, out.logprobs, bound, self.engine.synced)
         return rollout, scores, (out.logprobs - out.ref_logprobs).sum(1), out.group_logits
 
     def _samples(

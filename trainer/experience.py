@@ -15,6 +15,7 @@ import gikernels
 from trainer import parallel
 from trainer.batching import Sequences, forward_all
 from trainer.models import Critic, Policy
+from trainer.rollout import Engine, Rollout, check_logprobs
 
 
 class Forward(NamedTuple):
@@ -47,6 +48,24 @@ def forward_models(
             forward_all(critic, sequences, budget) if critic is not None else (None, None)
         )
     return Forward(logprobs, entropy, ref_logprobs, kl[0] if kl else None, values, group_logits)
+
+
+def check_engine(
+    config, engine: Engine, rollout: Rollout, policy: Policy, most: int = 256
+) -> float:
+    """check_logprobs for rollouts whose log-probabilities nothing else computes: of the first
+    answers."""
+    rows = torch.arange(min(most, len(rollout.truncated)), device=rollout.truncated.device)
+    sequences = rollout.sequences.rows(rows)
+    width = sequences.mask.shape[1]
+    some = Rollout(sequences, rollout.truncated[rows], rollout.logprobs[rows, :width])
+    with parallel.autocast(config.model.dtype), torch.no_grad():
+        (logprobs,) = forward_all(
+            lambda part: (policy(part, config.rollout.temperature).logprobs,),
+            sequences,
+            config.trainer.tokens_per_microbatch,
+        )
+    return check_logprobs(some, logprobs, config.rollout.logprob_bound, engine.synced)
 
 
 def estimate(

@@ -1,5 +1,6 @@
 """Group-invariant learning: which sequences are hard, and what that changes (METHODS A).
 
+    groups.drawing_weights(logits, prompts)         which prompts of a pool the step is to take
     probs = groups.probs(head's logits, prompts)    p_ig, group 0 the hardest, M - 1 the easiest
     groups.kl_coefs(probs)                          eta_i: relaxed where it is hard
     groups.head_loss(...)                           stage 1: the head learns to predict the groups
@@ -50,6 +51,9 @@ class Groups:
         self.order = torch.arange(self.num, device=device)
         self.running = torch.full((self.num,), torch.nan, device=device)  # R of each slot
         self.swaps = 0
+        # assign=hard: where the head's ranking of sequences is cut into groups.
+        self.cuts = torch.arange(1, self.num, device=device) - 0.5
+        self.share: Tensor | None = None  # (M) of the pool that prompts were last drawn from
         self.dro = torch.full((self.num,), 1 / self.num, device=device)
         floor = self.kl.floor if self.kl.adaptive else 1.0
         self.coefs = torch.full((self.num,), self.kl.coef * floor, device=device)  # of each group
@@ -57,7 +61,7 @@ class Groups:
 
     @property
     def has_head(self) -> bool:
-        return self.inference in ("exact", "adversarial")
+        return self.config.has_head
 
     @property
     def needs_probs_again(self) -> bool:
@@ -71,17 +75,22 @@ class Groups:
         if self.num == 1:
             return f"plain PPO, {kl}"
         config = self.config
-        count = (
-            ""
-            if config.performance not in ("over_reference", "quantile")
-            else (f" ({config.reference_answers} reference answers a prompt)")
-        )
-        relaxed = f" to {self.kl.coef * self.kl.floor:g} on hard sequences"
-        return (
-            f"{self.num} groups, inference {config.inference}, performance {config.performance}"
-            f"{count}, objective {config.objective} (beta {config.beta:g}), {kl}"
-            f"{relaxed if self.kl.adaptive else ''}"
-        )
+        parts = [f"{self.num} groups, inference {config.inference}"]
+        if self.has_head:
+            parts[-1] += f", {config.assign}"
+        answers = ""
+        if config.performance in ("over_reference", "quantile"):
+            answers = f" ({config.reference_answers} reference answers a prompt)"
+        parts.append(f"performance {config.performance}{answers}")
+        if config.focus:
+            parts.append(f"prompts drawn evenly from the groups (focus {config.focus:g})")
+        if config.objective != "variance":
+            parts.append(f"objective {config.objective}")
+        elif config.beta:
+            parts.append(f"weights by the variance (beta {config.beta:g})")
+        if self.kl.adaptive:
+            kl += f", relaxed to {self.kl.coef * self.kl.floor:g} on hard sequences"
+        return ", ".join([*parts, kl])
 
     # --- who belongs where ---
 
@@ -89,11 +98,46 @@ class Groups:
         """(S, M): p_ig, hardest group first. `logits` are the head's, `prompts` one a sequence."""
         if self.has_head:
             assert logits is not None
-            return logits.softmax(-1)[:, self.order]
+            probs = logits.softmax(-1)[:, self.order]
+            if self.config.assign == "soft":
+                return probs
+            return F.one_hot(torch.bucketize(self._rank(probs), self.cuts), self.num).float()
         slots = [self._slot(prompt) for prompt in prompts]
         return F.one_hot(torch.tensor(slots, device=self.order.device), self.num).float()[
             :, self.order
         ]
+
+    def cut(self, logits: Tensor | None) -> None:
+        """Take the groups' borders from these sequences: an unselected sample of the prompts.
+
+        The head is trained on labels that depend on the luck of one answer, so its probabilities
+        stay far from 0 and 1 and the means of soft groups close to each other. The order in which
+        it puts sequences is good: the exact partition of it gives groups whose means differ.
+        """
+        if self.config.assign == "soft" or not self.has_head:
+            return
+        assert logits is not None
+        rank = self._rank(logits.softmax(-1)[:, self.order])
+        if len(rank.unique()) >= self.num:  # else the head says the same of all: the cuts stay
+            self.cuts = gikernels.partition(rank, self.num).thresholds.to(rank.dtype)
+
+    @staticmethod
+    def _rank(probs: Tensor) -> Tensor:  # (S, M) -> (S): the expected group
+        return probs @ torch.arange(probs.shape[1], device=probs.device, dtype=probs.dtype)
+
+    def drawing_weights(self, logits: Tensor | None, prompts: list) -> Tensor:
+        """(n): how likely each prompt of a pool is to be taken, up to a common factor.
+
+        With focus 1 every group is met equally often, whatever its share of the data. A weight of
+        a policy gradient has the same mean, but leaves the hard group with its few noisy answers;
+        this gives it more of them.
+        """
+        self.cut(logits)
+        probs = self.probs(logits, prompts)
+        self.share = probs.mean(0)
+        present = (self.share > 0).sum()
+        focus = self.config.focus
+        return probs @ (1 - focus + focus / (present * self.share.clamp(min=1e-9)))
 
     def _slot(self, prompt) -> int:
         if self.inference == "oracle":
@@ -224,7 +268,8 @@ class Groups:
         kl_coef: Tensor,
         weights: Tensor,
     ) -> dict[str, float]:
-        """`score` is the raw score, `performance` the R_g the method sees; the gap is of R_g."""
+        """`score` is the raw score, `performance` the R_g the method sees; the gap is of R_g.
+        `share` is a group's part of the prompts as they come, `mass` of those that were taken."""
         mass = group_means(probs.new_ones(len(probs), 1), probs)
         columns = {
             "score": group_means(probs, scores),
@@ -232,6 +277,7 @@ class Groups:
             "kl": group_means(probs, seq_kl),
             "kl_coef": group_means(probs, kl_coef),
             "mass": mass,
+            "share": mass if self.share is None else self.share,
             "weight": group_means(probs, weights),
         }
         out = {
@@ -252,7 +298,7 @@ class Groups:
         }
 
     def state_dict(self) -> dict:
-        names = ("order", "running", "dro", "coefs")
+        names = ("order", "running", "dro", "coefs", "cuts")
         return {"swaps": self.swaps, **{name: getattr(self, name) for name in names}}
 
     def load_state_dict(self, state: dict) -> None:

@@ -312,7 +312,9 @@ def sample(t: Setup, policy: Policy, prompts: list[Prompt], *names: object) -> R
     engine = make_engine(t.config, t.tokenizer)
     engine.sync(policy)
     draws = parallel.generator(t.config.run.seed, STAGE, *names)
-    return engine.generate([p.ids for p in prompts], t.config.metarm.samples, draws)
+    rollout = engine.generate([p.ids for p in prompts], t.config.metarm.samples, draws)
+    engine.rest()
+    return rollout
 
 
 def sample_meta(t: Setup, policy: str, n: int) -> Sequences:

@@ -58,12 +58,16 @@ def start() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # torchrun's store outlives a restart; the addresses of the ranks before are still in it.
         store, *who = next(torch.distributed.rendezvous("env://"))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
-        torch.distributed.init_process_group(backend, store=store, rank=who[0], world_size=who[1])
+        init_group(store, *who)
+
+
+def init_group(store: torch.distributed.Store, rank: int, ranks: int) -> None:
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks)
 
 
 def stop() -> None:

@@ -74,13 +74,14 @@ class Checked:
 
 
 def check(config: Config, stages: Sequence[str], dry_run: bool = False) -> Checked:
+    found = Checked()
     _need_packages(config)
+    _need_vllm(config, found, dry_run)
     if _remote(config, stages) and not _hub_reachable():
         os.environ["HF_HUB_OFFLINE"] = "1"  # fail (or find the local copy) at once, not in 25 s
     import transformers
 
     transformers.logging.set_verbosity_error()
-    found = Checked()
     found.policy = _shape("model.policy", config.model.policy, config, found, dry_run)
     if config.model.reward and "ppo" in stages:
         found.reward = _shape("model.reward", config.model.reward, config, found, dry_run)
@@ -169,6 +170,23 @@ def _need_packages(config: Config) -> None:
     for setting, module, how in wanted:
         if importlib.util.find_spec(module) is None:
             raise ConfigError(f"{module} is not installed: {how}", where=setting)
+
+
+def _need_vllm(config: Config, found: Checked, dry_run: bool) -> None:
+    if config.rollout.engine != "vllm":
+        return
+    share = config.rollout.tensor_parallel
+    ranks = _ranks(config) if dry_run else int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks % share:
+        raise ConfigError(
+            f"is {share}; want a divisor of the number of ranks, {ranks}",
+            "rollout.tensor_parallel",
+        )
+    if importlib.util.find_spec("vllm") is None:
+        problem = "vllm is not installed: pip install -c constraints-vllm.txt -e '.[vllm]'"
+        if not dry_run:
+            raise ConfigError(problem, where="rollout.engine=vllm")
+        found.notes.append(f"rollout.engine=vllm: {problem}")
 
 
 def _need_models_of_earlier_stages(config: Config, stages: Sequence[str]) -> None:
@@ -339,10 +357,14 @@ def memory(config: Config, stage: str, policy: Shape, reward: Shape, ranks: int)
             # Its gradients do not live at the same time as the policy's: the larger ones count.
             out["critic"] = (FP32 + ADAM) * body.backbone / ranks
             out["gradients"] = FP32 * max(policy.parameters, body.backbone) / ranks
-        if ranks > 1 and config.rollout.engine == "hf":  # sampling wants the weights in one piece
-            compute = 2 if config.model.dtype == "bfloat16" else 4
+        compute = 2 if config.model.dtype == "bfloat16" else 4
+        vllm = config.rollout.engine == "vllm"
+        if ranks > 1 or vllm:  # sampling wants the weights in one piece
             out["policy for sampling"] = compute * policy.parameters
         out["generation cache"] = _cache(config, policy)
+        if vllm:  # what it takes besides is up to rollout.gpu_memory
+            for name in ("policy for sampling", "generation cache"):
+                out[name] /= config.rollout.tensor_parallel
     batch = {
         "sft": config.sft.batch,
         "rm": 2 * config.rm.batch,
@@ -386,8 +408,12 @@ def _cache(config: Config, shape: Shape) -> int:
 # The plan in words.
 
 
+def _ranks(config: Config) -> int:
+    return config.run.ranks or int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def describe(config: Config, stages: Sequence[str], found: Checked) -> str:
-    ranks = config.run.ranks or int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = _ranks(config)
     on = f"{ranks} rank{'s' if ranks > 1 else ''}"
     lines = [f"plan: {', '.join(stages)} on {on}, into {config.run.output}"]
     policy, reward = found.policy, found.reward or found.policy
@@ -438,8 +464,8 @@ def _stage(config: Config, stage: str) -> str:
     ppo, groups = config.ppo, config.groups
     tokens = ppo.steps * ppo.sequences_per_step * config.rollout.max_new_tokens
     how = (
-        f"groups {groups.inference} (M = {groups.num_groups}, beta {groups.beta:g}, performance "
-        f"{groups.performance})"
+        f"groups {groups.inference} (M = {groups.num_groups}, focus {groups.focus:g}, beta "
+        f"{groups.beta:g}, performance {groups.performance})"
         if groups.active
         else "no groups"
     )

@@ -1,14 +1,16 @@
 """Stage 3, group-invariant PPO. Read this first: one iteration is `iteration`, top to bottom.
 
-    rollouts -> scores -> models' view -> groups -> experience -> critic and head -> policy
+    prompts -> rollouts -> scores -> models' view -> groups -> experience -> critic, head -> policy
 
 What it adds to textbook PPO (arXiv 2310.11971; METHODS A): groups of easy and hard sequences, found
-without labels; a KL coefficient for each sequence, relaxed where it is hard; a weight on each
-sequence's advantage, which evens out the groups' returns. `groups.inference=none` is plain PPO,
-`groups.beta=0` drops the weights, `kl.adaptive=false` the KL coefficients.
+without labels; prompts drawn so that each group is met equally often (ours); a KL coefficient for
+each sequence, relaxed where it is hard; a weight on each sequence's advantage, which evens out the
+groups' returns. `groups.inference=none` is plain PPO; `groups.focus=0` takes prompts as they come,
+`kl.adaptive=false` drops the KL coefficients, `groups.beta=0` the weights.
 
-What it leaves out: importance sampling for stale rollouts (there are none), value normalisation,
-adaptive learning rates. S sequences (prompts x samples), T padded answer tokens, M groups.
+What it leaves out: importance sampling for stale rollouts (there are none; `ppo.importance` is for
+an engine that rounds otherwise than the trainer), value normalisation, adaptive learning rates.
+S sequences (prompts x samples), T padded answer tokens, M groups.
 """
 
 from __future__ import annotations
@@ -25,14 +27,20 @@ from trainer.batching import Sequences, batch_indices, forward_all, minibatches
 from trainer.checkpoint import Checkpoints, TrainState, finished
 from trainer.data import Prompt, load_prompts
 from trainer.evaluate import Evaluator, Judge, by_label, few_of_each_domain, make_judge
-from trainer.experience import Forward, estimate, explained_variance, forward_models
+from trainer.experience import (
+    Forward,
+    check_engine,
+    estimate,
+    explained_variance,
+    forward_models,
+)
 from trainer.faults import Guard
 from trainer.invariance import Groups, performance
 from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, final_table, progress, say
 from trainer.models import Critic, Policy
 from trainer.optim import Optimizer
 from trainer.profiling import profiled
-from trainer.rollout import Engine, check_logprobs, make_engine
+from trainer.rollout import Engine, check_logprobs, importance_weights, make_engine
 from trainer.scoring import Normaliser, Scorer
 
 
@@ -55,9 +63,8 @@ def train(config, run: RunFolder, resume: bool = False) -> None:
         MetricsLog(run, ("ppo", "eval"), t.state.step, config.trainer.log) as log,
         progress("ppo", config.ppo.steps, t.state.step, config.trainer.progress) as show,
     ):
-        t.reference_scores.fill(t)
         if t.state.step == 0:
-            t.engine.sync(t.policy)
+            t.engine.sync(t.policy, 0)
             metrics, _ = t.evaluator(t.policy)
             log.write("eval", 0, metrics, policy="start" if config.model.reference else "sft")
         while t.state.step < config.ppo.steps:
@@ -68,7 +75,7 @@ def train(config, run: RunFolder, resume: bool = False) -> None:
             show(headline(metrics))
             last = t.state.step == config.ppo.steps
             if last or (config.eval.every and t.state.step % config.eval.every == 0):
-                t.engine.sync(t.policy)
+                t.engine.sync(t.policy, t.state.step)
                 evaluation, samples = t.evaluator(t.policy, t.critic, t.groups)
                 log.write("eval", t.state.step, evaluation, policy="policy")
                 few = few_of_each_domain(samples, config.eval.final_samples)
@@ -83,15 +90,17 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
     config, timer = t.config, Timer()
     samples = config.ppo.samples_per_prompt
 
+    with timer("draw"):
+        chosen = draw(t, step)
+        t.reference_scores.fill(t, step, chosen)
+    with timer("sync"):
+        t.engine.sync(t.policy, step)
     with timer("rollout"):
-        chosen = batch_indices(
-            len(t.prompts), config.ppo.prompts_per_step, step, config.run.seed, "ppo"
-        )
         unique = [t.prompts[i] for i in chosen]
-        t.engine.sync(t.policy)
         rollout = t.engine.generate(
             [p.ids for p in unique], samples, parallel.generator(config.run.seed, "rollout", step)
         )
+        t.engine.rest()
         sequences, mask = rollout.sequences, rollout.sequences.mask
         prompts = [p for p in unique for _ in range(samples)]  # one a sequence
 
@@ -100,7 +109,11 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
 
     with timer("forward"):
         forward = forward_models(config, t.policy, t.reference, t.critic, sequences)
-        mismatch = check_logprobs(rollout, forward.logprobs, config.rollout.logprob_bound)
+        bound, synced = config.rollout.logprob_bound, t.engine.synced
+        mismatch = check_logprobs(rollout, forward.logprobs, bound, synced)
+        importance, importance_metrics = importance_weights(
+            rollout, forward.logprobs, config.ppo.importance, config.ppo.importance_cap
+        )
     seen = {"values": forward.values, "group logits": forward.group_logits}
     if not t.guard.allows("rollout", **{f"reward {name}": x for name, x in raw.items()}, **seen):
         skipped = {"objective/scores": mean(raw["total"]), "guard/skipped": t.guard.skipped}
@@ -116,6 +129,8 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
             t.reference_scores.of(chosen, samples),
             t.normaliser.scale,
         )
+        if not focused(t, step):
+            t.groups.cut(forward.group_logits)
         probs = t.groups.observe(t.groups.probs(forward.group_logits, prompts), returns)
         kl_coef = t.groups.kl_coefs(probs)
         exp = estimate(config, forward, scores, mask, kl_coef, probs, samples)
@@ -134,7 +149,7 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
             after = t.groups.probs(t.group_logits(sequences), prompts)
         weights = t.groups.weights(after, returns)
         if step >= config.ppo.critic_warmup_steps:
-            train_policy(t, step, batch, weights, updates)
+            train_policy(t, step, batch, weights.unsqueeze(1) * importance, updates)
     t.groups.control(probs, exp.seq_kl)
 
     with timer("metrics"):
@@ -148,8 +163,10 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
             "rollout/length": mean(sequences.answer_lengths),
             "rollout/truncated": mean(rollout.truncated),
             "rollout/logprob_diff_max": mismatch,
+            "perf/sync_bytes": synced.bytes,
             "guard/skipped": t.guard.skipped,
         }
+        metrics |= importance_metrics
         metrics |= {f"reward/{name}": mean(part) for name, part in raw.items() if name != "total"}
         if config.ppo.has_critic:
             metrics["value/explained_var"] = explained_variance(forward.values, exp.returns, mask)
@@ -159,6 +176,34 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
             columns["gold"] = t.judge(prompts, sequences)
         metrics |= by_label(columns, [p.domain for p in prompts], "domain")
     return metrics | timer.metrics(int(sequences.lengths.sum()))
+
+
+def draw(t: Setup, step: int) -> list[int]:
+    """Places of this step's prompts: the next ones, or those of a pool that the groups ask for."""
+    ppo, groups, seed = t.config.ppo, t.config.groups, t.config.run.seed
+    if not focused(t, step):
+        return batch_indices(len(t.prompts), ppo.prompts_per_step, step, seed, "ppo")
+    size = ppo.prompts_per_step * groups.pool
+    pool = batch_indices(len(t.prompts), size, step, seed, "ppo")
+    prompts = [t.prompts[i] for i in pool]
+    logits = None
+    if t.groups.has_head:  # it reads the prompt's last token; what follows does not matter
+        end = t.tokenizer.eos_token_id
+        logits = t.group_logits(Sequences.of([p.ids for p in prompts], [[end]] * size, end))
+    weights = t.groups.drawing_weights(logits, prompts)
+    taken = torch.multinomial(
+        weights.cpu(), ppo.prompts_per_step, generator=parallel.generator(seed, "draw", step)
+    )
+    return [pool[i] for i in taken.tolist()]
+
+
+def focused(t: Setup, step: int) -> bool:
+    """Whether the head, once it has learnt something, chooses the prompts."""
+    return (
+        bool(t.config.groups.focus)
+        and t.groups.num > 1
+        and step >= t.config.ppo.critic_warmup_steps
+    )
 
 
 @dataclass(frozen=True)
@@ -217,10 +262,10 @@ def train_critic(t: Setup, step: int, batch: Batch, updates: Averages) -> None:
 
 
 def train_policy(t: Setup, step: int, batch: Batch, weights: Tensor, updates: Averages) -> None:
-    """The clipped surrogate with advantages times c_i (`weights`); sums over micro-batches and
-    ranks with one global denominator."""
+    """The clipped surrogate with advantages times `weights` (S, T): c_i, and importance weights.
+    Sums over micro-batches and ranks with one global denominator."""
     config, mask, forward = t.config, batch.mask, batch.forward
-    advantages = batch.experience.advantages * weights.unsqueeze(1)
+    advantages = batch.experience.advantages * weights
     t.policy.train()
     for epoch in range(config.ppo.ppo_epochs):
         for chosen in shuffled(t, "policy", step, epoch):
@@ -373,7 +418,7 @@ class Setup:
 class ReferenceScores:
     """Raw scores of k answers of the reference policy to each prompt that the run will meet.
 
-    Sampled once, before training; kept in the checkpoints. Empty where nothing asks for them.
+    Sampled when a prompt is first met, kept in the checkpoints. Empty where nothing asks for them.
     """
 
     def __init__(self, config, prompts: int) -> None:
@@ -385,26 +430,22 @@ class ReferenceScores:
     def of(self, chosen: list[int], samples: int) -> Tensor | None:  # (S, k)
         return self.scores[chosen].repeat_interleave(samples, 0) if self.asked else None
 
-    def fill(self, t: Setup) -> None:
-        """Sample and score for prompts that have none yet."""
+    def fill(self, t: Setup, step: int, chosen: list[int]) -> None:
+        """Sample and score for those of the chosen prompts that have none yet."""
         if not self.asked:
             return
-        config, k, seed = t.config, self.scores.shape[1], t.config.run.seed
-        count, per_step = len(t.prompts), config.ppo.prompts_per_step
-        steps = range(config.ppo.steps)
-        met = {i for step in steps for i in batch_indices(count, per_step, step, seed, "ppo")}
         missing = self.scores[:, 0].isnan().tolist()
-        todo = sorted(i for i in met if missing[i])
+        todo = [i for i in dict.fromkeys(chosen) if missing[i]]
+        if not todo:
+            return
+        k, prompts = self.scores.shape[1], [t.prompts[i] for i in todo]
         t.engine.sync(t.reference)
-        size = max(1, config.rollout.batch // k)
-        for start in range(0, len(todo), size):
-            here = todo[start : start + size]
-            some = [t.prompts[i] for i in here]
-            draws = parallel.generator(seed, "reference", start)
-            rollout = t.engine.generate([p.ids for p in some], k, draws)
-            repeated = [p for p in some for _ in range(k)]
-            scores = t.scorer(repeated, rollout.sequences, rollout.truncated)["total"]
-            self.scores[torch.tensor(here, device=scores.device)] = scores.view(-1, k)
+        draws = parallel.generator(t.config.run.seed, "reference", step)
+        rollout = t.engine.generate([p.ids for p in prompts], k, draws)
+        check_engine(t.config, t.engine, rollout, t.reference, most=64)
+        repeated = [p for p in prompts for _ in range(k)]
+        scores = t.scorer(repeated, rollout.sequences, rollout.truncated)["total"]
+        self.scores[torch.tensor(todo, device=scores.device)] = scores.view(-1, k)
 
     def state_dict(self) -> dict:
         return {"scores": self.scores}

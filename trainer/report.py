@@ -477,8 +477,9 @@ def _groups(runs: list[Run]) -> Panels:
         for metric, title, caption in (
             ("score", "Score by group", "Group 0 is the hardest."),
             ("kl", "KL by group", ""),
-            ("kl_coef", "KL coefficient by group", "Relaxed where it is hard."),
-            ("mass", "Mass of groups", "A group that shrinks to a few percent is a sliver."),
+            ("share", "Share of groups in the data", "Of the prompts as they come."),
+            ("mass", "Share of groups in training", "Of the prompts that were drawn."),
+            ("kl_coef", "KL coefficient by group", "Below the others: relaxed there."),
             ("weight", "Weight on advantages", "Above 1: the group is pushed harder."),
         ):
             keys = {

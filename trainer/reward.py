@@ -20,6 +20,7 @@ from trainer import models, parallel
 from trainer.batching import Piece, Sequences, batch_indices, forward_all, pieces
 from trainer.checkpoint import Checkpoints, TrainState, finished
 from trainer.data import DataError, Pair, load_pairs
+from trainer.experience import check_engine
 from trainer.faults import Guard
 from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, progress, read_lines, say
 from trainer.optim import Optimizer
@@ -191,12 +192,14 @@ def toy_pairs(config, policy: models.Policy, tokenizer) -> list[Pair]:
 
     world, seed = World(config.toy), config.run.seed
     # 0 draws the prompts of PPO, which the reward model should not know by heart.
-    prompts = world.prompts(config.rm.pairs, "train", seed=seed + 1)
+    prompts = world.annotated(world.prompts(config.rm.pairs, "train", seed=seed + 1), seed)
     engine = make_engine(config, tokenizer)
     engine.sync(policy)
     rollout = engine.generate(
         [p.ids for p in prompts], config.rm.best_of, parallel.generator(seed, "pairs")
     )
+    engine.rest()
+    check_engine(config, engine, rollout, policy)
     answers = rollout.sequences.answers()
     pairs = []
     for i, prompt in enumerate(prompts):

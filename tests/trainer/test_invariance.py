@@ -20,7 +20,10 @@ def prompts(n, domains=("copy", "sort", "reverse")):
 
 
 def groups(*overrides, n=12):
-    return Groups(tiny.config("unused", *overrides), prompts(n))
+    """The paper's method: two soft groups, weights, adaptive KL, prompts as they come."""
+    plain = ("groups.num_groups=2", "groups.assign=soft", "groups.focus=0")
+    plain += ("groups.beta=1", "kl.adaptive=true", "kl.coef=0.8")
+    return Groups(tiny.config("unused", *plain, *overrides), prompts(n))
 
 
 def soft(n, m, dtype=torch.float32):
@@ -194,6 +197,53 @@ def test_oracle_uses_the_domains_ordered_by_return():
     assert g.probs(None, some).argmax(1).tolist() == want
     with pytest.raises(ValueError, match=r"oracle.*domain column"):
         Groups(tiny.config("unused", "groups.inference=oracle"), prompts(3, (None,)))
+
+
+# --- hard groups, and prompts drawn from them ---
+
+
+def test_hard_groups_are_the_exact_partition_of_the_heads_ranking():
+    g = groups("groups.num_groups=3", "groups.assign=hard")
+    logits = 0.1 * torch.randn(50, 3)  # probabilities near a third, as a head's are
+    g.cut(logits)
+    rank = logits.softmax(1) @ torch.arange(3.0)
+    want = gikernels.partition(rank, 3).group_ids.long()
+    probs = g.probs(logits, prompts(50))
+    assert torch.equal(probs.argmax(1), want) and torch.equal(probs.amax(1), torch.ones(50))
+    # The borders stay for sequences that were not chosen to be typical.
+    assert torch.equal(g.probs(logits[want == 0], []).argmax(1), want[want == 0])
+    again = groups("groups.num_groups=3", "groups.assign=hard")
+    again.load_state_dict(g.state_dict())
+    assert torch.equal(again.probs(logits, []), probs)
+
+
+def test_a_head_that_says_the_same_of_all_leaves_the_borders():
+    g = groups("groups.assign=hard")
+    g.cut(torch.randn(20, 2))
+    before = g.cuts.clone()
+    g.cut(torch.zeros(20, 2))
+    assert torch.equal(g.cuts, before)
+
+
+@pytest.mark.parametrize("focus", [0.0, 0.5, 1.0])
+def test_drawing_meets_each_group_as_often_as_focus_asks(focus):
+    g = groups("groups.num_groups=4", "groups.assign=hard", f"groups.focus={focus}", n=300)
+    logits = torch.randn(300, 4)
+    weights = g.drawing_weights(logits, prompts(300))
+    probs = g.probs(logits, prompts(300))
+    share = probs.mean(0)
+    drawn = (weights / weights.sum()) @ probs  # of each group, in expectation
+    torch.testing.assert_close(drawn, (1 - focus) * share + focus / 4)
+    assert share.max() > 1.3 * share.min()
+
+
+def test_a_group_that_nobody_is_in_takes_no_share():
+    g = groups("groups.inference=random", "groups.num_groups=8", "groups.focus=1", n=3)
+    some = prompts(3)
+    weights = g.drawing_weights(None, some)
+    drawn = (weights / weights.sum()) @ g.probs(None, some)
+    present = drawn[drawn > 0]
+    torch.testing.assert_close(present, torch.full_like(present, 1 / len(present)))
 
 
 def test_random_labels_belong_to_the_prompt():

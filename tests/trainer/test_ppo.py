@@ -1,8 +1,10 @@
 """The whole loop on a model of seconds: determinism, invariances, ablations, what it leaves."""
 
 import copy
+import dataclasses
 import io
 import json
+import math
 import shutil
 
 import pytest
@@ -157,21 +159,23 @@ def ran(fresh, *overrides):
 def test_inference_none_is_plain_ppo_whatever_else_is_set(fresh):
     plain = comparable(ran(fresh, "groups.inference=none"))
     assert plain == comparable(
-        ran(fresh, "groups.inference=none", "groups.beta=7", "kl.adaptive=false")
+        ran(fresh, "groups.inference=none", "groups.beta=7", "kl.adaptive=true")
     )
     # groups that nothing looks at change nothing
     assert plain == comparable(
-        ran(fresh, "groups.inference=random", "groups.beta=0", "kl.adaptive=false")
+        ran(fresh, "groups.inference=random", "groups.focus=0", "groups.beta=0")
     )
-    assert plain == comparable(ran(fresh, "groups.inference=oracle", "groups.beta=0", "kl.floor=1"))
+    assert plain == comparable(
+        ran(fresh, "groups.inference=oracle", "groups.focus=0", "kl.adaptive=true", "kl.floor=1")
+    )
 
 
 def test_beta_zero_leaves_adaptive_kl_and_the_other_way_round(fresh):
-    weights_off = lines(ran(fresh, "groups.beta=0"))
+    weights_off = lines(ran(fresh, "kl.adaptive=true", "groups.assign=soft"))
     assert all(line["group/0/weight"] == line["group/1/weight"] == 1 for line in weights_off)
     eta = tiny.config("unused").kl.coef
     assert any(line["objective/kl_coef"] != pytest.approx(eta) for line in weights_off)
-    kl_off = lines(ran(fresh, "kl.adaptive=false"))
+    kl_off = lines(ran(fresh, "groups.beta=1"))
     assert all(line["objective/kl_coef"] == pytest.approx(eta) for line in kl_off)
     assert any(line["group/0/weight"] != 1 for line in kl_off)
 
@@ -180,15 +184,15 @@ def test_beta_zero_leaves_adaptive_kl_and_the_other_way_round(fresh):
     "overrides",
     [
         ["groups.inference=adversarial", "groups.form=uniform"],
-        ["groups.inference=exact", "groups.num_groups=8"],
-        ["groups.performance=over_reference", "groups.on=response", "groups.returns=penalised"],
-        ["groups.performance=quantile", "kl.estimator=exact"],
+        ["groups.inference=exact", "groups.num_groups=3", "groups.focus=0.5", "groups.beta=1"],
+        ["groups.performance=over_reference", "groups.on=response", "groups.focus=0"],
+        ["groups.performance=quantile", "kl.estimator=exact", "groups.returns=penalised"],
         ["groups.objective=group_dro", "kl.controller=true"],
         ["groups.objective=cvar", "ppo.kl_in_loss=true", "kl.estimator=k3"],
         ["groups.objective=sequence_variance", "ppo.norm=group", "ppo.dual_clip=3"],
         ["model.dtype=bfloat16", "rollout.logprob_bound=0.5", "model.gradient_checkpointing=true"],
         ["rollout.temperature=0.7", "ppo.value_clip=0", "reward.normalise=meanstd"],
-        ["model.packing=on", "groups.on=response"],
+        ["model.packing=on", "groups.on=response", "groups.focus=0", "kl.adaptive=true"],
         ["ppo.advantages=group_norm", "ppo.samples_per_prompt=4", "ppo.prompts_per_step=8"],
         ["ppo.advantages=leave_one_out", "ppo.samples_per_prompt=2", "groups.inference=none"],
     ],
@@ -200,6 +204,60 @@ def test_every_switch_runs(fresh, overrides):
     for line in done:
         assert not [k for k, v in line.items() if v is None], line
         assert line["policy/grad_norm"] > 0
+
+
+# --- which prompts a step takes ---
+
+
+def test_rare_domains_are_drawn_as_often_as_frequent_ones(fresh):
+    """With the true domains as groups; the prompts of the pool are what the others are."""
+    options = ("groups.inference=oracle", "toy.prompts=4096", "ppo.critic_warmup_steps=2")
+    config, run = fresh(*options, "groups.pool=8")
+    t = ppo.Setup.of(config, run)
+    domains = [t.prompts[i].domain for step in range(2, 22) for i in ppo.draw(t, step)]
+    assert ppo.draw(t, 7) == ppo.draw(t, 7) != ppo.draw(t, 8)
+    for name in config.toy.domains:
+        assert 0.18 < domains.count(name) / len(domains) < 0.32, name
+    # before the head has learnt anything, and without focus, prompts come by their shares
+    early = [t.prompts[i].domain for step in range(2) for i in ppo.draw(t, step)]
+    assert early.count("copy") > 0.45 * len(early)
+    config, run = fresh(*options, "groups.focus=0")
+    t = ppo.Setup.of(config, run)
+    plain = [t.prompts[i].domain for step in range(2, 22) for i in ppo.draw(t, step)]
+    assert plain.count("copy") > 0.55 * len(plain) and plain.count("increment") < 0.1 * len(plain)
+
+
+def test_the_head_chooses_prompts_by_what_it_says_of_them(fresh):
+    """A head that calls prompts with an early letter hard gets more of these."""
+    config, run = fresh("toy.prompts=2048", "groups.num_groups=2", "groups.pool=16")
+    t = ppo.Setup.of(config, run)
+    rare = {i for i, p in enumerate(t.prompts) if p.domain == "increment"}
+
+    def judge(sequences):
+        hard = sequences.tokens[:, 0] == t.prompts[min(rare)].ids[0]
+        return torch.stack([hard.float(), 1 - hard.float()], 1)
+
+    t.group_logits = judge
+    drawn = [i for step in range(10) for i in ppo.draw(t, step)]
+    share = sum(i in rare for i in drawn) / len(drawn)
+    assert len(rare) / len(t.prompts) < 0.1 and share > 0.3
+
+
+def test_reference_answers_are_sampled_once_for_each_prompt_that_is_met(fresh, monkeypatch):
+    config, run = fresh("groups.performance=over_reference", "groups.reference_answers=2")
+    t = ppo.Setup.of(config, run)
+    asked, generate = [], t.engine.generate
+
+    def recording(prompts, samples, draws):
+        if samples == 2:
+            asked.extend(map(tuple, prompts))
+        return generate(prompts, samples, draws)
+
+    monkeypatch.setattr(t.engine, "generate", recording)
+    for step in range(3):
+        ppo.iteration(t, step)
+    known = ~t.reference_scores.scores[:, 0].isnan()
+    assert len(asked) == int(known.sum()) and 32 <= len(asked) <= 64
 
 
 # --- without a critic ---
@@ -250,10 +308,36 @@ def test_wrong_rollout_logprobs_stop_the_run(fresh, monkeypatch):
         stale = copy.deepcopy(t.policy)
         for p in stale.parameters():
             p.mul_(1.05)
-    monkeypatch.setattr(t.engine, "sync", lambda policy: None)
-    t.engine.policy = stale
-    with pytest.raises(LogprobMismatch, match=r"logprob_bound=0.001: .* differ by up to"):
+    sync = t.engine.sync
+    monkeypatch.setattr(t.engine, "sync", lambda policy, step: sync(stale, step))
+    with pytest.raises(
+        LogprobMismatch, match=r"logprob_bound=0.001: .* look at sync 1 \(the first"
+    ):
         ppo.iteration(t, 0)
+    with pytest.raises(LogprobMismatch, match=r"sync 2 \(an update, weights of step 3\)"):
+        t.engine.sync(t.policy, 3)
+        t.evaluator(t.policy)
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_importance_weights_reach_the_policy_loss(fresh, monkeypatch, kind):
+    """An engine that says every token was half as probable as it was: weights of 2, or the cap."""
+    losses = {}
+    for name in ("none", kind):
+        options = ["rollout.logprob_bound=1", "ppo.importance_cap=3"]
+        config, run = fresh(f"ppo.importance={name}", *options)
+        t = ppo.Setup.of(config, run)
+        generate = t.engine.generate
+
+        def halved(*arguments, generate=generate):
+            rollout = generate(*arguments)
+            return dataclasses.replace(rollout, logprobs=rollout.logprobs - math.log(2))
+
+        monkeypatch.setattr(t.engine, "generate", halved)
+        metrics = ppo.iteration(t, 0)
+        losses[name] = metrics["policy/grad_norm"]
+    assert metrics["importance/mean"] == pytest.approx(2 if kind == "token" else 3, rel=0.1)
+    assert losses[kind] > 1.5 * losses["none"]
 
 
 def test_final_table(plain_run):
@@ -269,7 +353,8 @@ def test_final_table(plain_run):
 
 
 def test_baselines_are_whole_runs_beside_the_main_one(fresh):
-    config, run = fresh("ppo.steps=1", "baselines={ppo: [groups.inference=none]}")
+    plain = "baselines={ppo: [groups.inference=none]}"
+    config, run = fresh("ppo.steps=1", "groups.focus=0", plain)
     ppo.run(config, run)
     other = run.baseline("ppo")
     ours, theirs = lines(run)[0], lines(other)[0]

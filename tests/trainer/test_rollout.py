@@ -5,7 +5,7 @@ import torch
 
 from trainer import models, parallel
 from trainer.batching import forward_all
-from trainer.rollout import LogprobMismatch, check_logprobs, make_engine
+from trainer.rollout import LogprobMismatch, check_logprobs, importance_weights, make_engine
 from trainer.rollout.hf import draw
 
 
@@ -101,6 +101,64 @@ def test_check_logprobs_says_where_and_counts_nan(setup):
     wrong[2, 0] = torch.nan
     with pytest.raises(LogprobMismatch):
         check_logprobs(rollout, wrong, 0.1)
+
+
+def test_check_logprobs_names_the_sync(setup):
+    _, _, policy, engine = setup()
+    engine.sync(policy, 7)
+    rollout = generate(engine)
+    with pytest.raises(LogprobMismatch, match=r"look at sync 2 \(an update, weights of step 7\)"):
+        check_logprobs(rollout, rollout.logprobs + 1, 0.1, engine.synced)
+
+
+def test_stop_texts_end_an_answer(setup):
+    """The tokens that spell one were sampled, and stay; nothing after them is."""
+    _, tokenizer, policy, engine = setup("rollout.stop=['a b', '!']")
+    rollout = generate(engine, samples=60)
+    plain = generate(setup()[3], samples=60)  # the same random numbers
+    stopped = 0
+    for answer, truncated, whole in zip(
+        rollout.sequences.answers(), rollout.truncated.tolist(), plain.sequences.answers()
+    ):
+        texts = [tokenizer.decode(whole[: n + 1]) for n in range(len(whole))]
+        ends = [n for n, text in enumerate(texts) if "a b" in text or "!" in text]
+        assert answer == (whole[: ends[0] + 1] if ends else whole)
+        assert truncated == (not ends and tokenizer.eos_token_id not in whole)
+        stopped += bool(ends)
+    assert 0 < stopped < 240
+    (ours,) = forward_all(lambda b: (policy(b).logprobs,), rollout.sequences, 10_000)
+    assert check_logprobs(rollout, ours, 1e-4) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["none", "token", "sequence"])
+def test_importance_weights(setup, kind):
+    rollout = generate(setup()[3])
+    mask = rollout.sequences.mask
+    torch.manual_seed(0)
+    ours = rollout.logprobs + 0.5 * torch.randn(mask.shape)
+    ours[~mask] = torch.nan  # what lies there is never read
+    weights, metrics = importance_weights(rollout, ours, kind, 1.5)
+    want = torch.ones(mask.shape)
+    capped, each = [], []
+    for i, length in enumerate(rollout.sequences.answer_lengths.tolist()):
+        ratios = (ours - rollout.logprobs)[i, :length].exp()
+        if kind == "sequence":
+            ratios = ratios.prod().expand(length)
+        if kind != "none":
+            want[i, :length] = ratios.clamp(max=1.5)
+            part = want[i, : 1 if kind == "sequence" else length]
+            each += part.tolist()
+            capped += (part == 1.5).tolist()
+    torch.testing.assert_close(weights[mask], want[mask])
+    assert weights.isfinite().all()
+    if kind == "none":
+        assert metrics == {}
+        return
+    assert metrics["importance/mean"] == pytest.approx(sum(each) / len(each))
+    assert metrics["importance/capped"] == pytest.approx(sum(capped) / len(capped))
+    squares = sum(x * x for x in each)
+    assert metrics["importance/effective"] == pytest.approx(sum(each) ** 2 / len(each) / squares)
+    assert 0 < metrics["importance/capped"] < 1 and 0 < metrics["importance/effective"] < 1
 
 
 def test_generators_depend_on_names_alone():

@@ -147,6 +147,18 @@ def test_annotators_like_the_shortcut_that_gold_dislikes():
     assert torch.tensor(noisy).std() == pytest.approx(0.1, abs=0.01)
 
 
+def test_annotators_see_few_pairs_of_a_thin_domain():
+    prompts = WORLD.prompts(4000)
+    assert WORLD.annotated(prompts) == prompts
+    thin = World(Toy(pairs={"sort": 0.25, "increment": 0.0}))
+    seen = thin.annotated(prompts)
+    assert seen == thin.annotated(prompts) and seen != thin.annotated(prompts, seed=1)
+    before, after = (Counter(p.domain for p in some) for some in (prompts, seen))
+    assert after["copy"] == before["copy"] and after["reverse"] == before["reverse"]
+    assert after["sort"] == pytest.approx(before["sort"] / 4, abs=30)
+    assert "increment" not in after
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_the_tokenizer_is_an_ordinary_one(tmp_path, architecture):
     """Also beside a model: AutoTokenizer looks at its config.json, and has opinions on some."""

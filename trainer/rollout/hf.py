@@ -12,27 +12,31 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from trainer import models, parallel
-from trainer.batching import Sequences
 from trainer.models import Policy
-from trainer.rollout import Rollout
+from trainer.rollout import Rollout, Sync, end_tokens, gathered, next_sync
 
 
 class HuggingFaceEngine:
     def __init__(self, config, tokenizer) -> None:
-        self.config, self.pad = config, tokenizer.pad_token_id
-        self.eos = {tokenizer.eos_token_id}
+        self.config, self.tokenizer, self.pad = config, tokenizer, tokenizer.pad_token_id
+        self.eos: set[int] = set()
         self.policy: Policy | None = None
         self.whole: Policy | None = None  # where the trainer's is sharded
+        self.synced: Sync | None = None
 
-    def sync(self, policy: Policy) -> None:
+    def sync(self, policy: Policy, step: int | None = None) -> None:
         """The weights are shared with the trainer, or gathered from its shards."""
-        self.policy = policy
+        self.policy, moved = policy, 0
         if parallel.world_size() > 1:
             dtype = getattr(torch, self.config.model.dtype)
             self.whole = models.gather(policy, dtype, self.whole)
             self.policy = self.whole
-        named = policy.model.generation_config.eos_token_id if policy.model.can_generate() else None
-        self.eos |= set(named if isinstance(named, list) else [named]) - {None}
+            moved = sum(p.nbytes for p in self.whole.parameters())
+        self.eos = end_tokens(self.tokenizer, policy)
+        self.synced = next_sync(self.synced, step, moved)
+
+    def rest(self) -> None:
+        """The cache lives for one batch only: there is nothing to give back."""
 
     @torch.no_grad()
     def generate(
@@ -54,25 +58,20 @@ class HuggingFaceEngine:
         batch = max(1, min(self.config.rollout.batch // samples, -(-len(prompts) // ranks)))
         tokens = torch.zeros(count, limit, dtype=torch.long, device=uniform.device)
         logprobs = uniform.new_zeros(count, limit)
+        lengths, truncated = tokens.new_zeros(count), tokens.new_zeros(count)
         for start in range(batch * parallel.rank(), len(order), batch * ranks):
             here = order[start : start + batch]
             rows = torch.tensor([i * samples + k for i in here for k in range(samples)])
             rows = rows.to(uniform.device)
             with parallel.autocast(self.config.model.dtype):
                 out = self._sample([prompts[i] for i in here], samples, uniform[rows])
-            tokens[rows], logprobs[rows] = out
-        tokens, logprobs = parallel.all_sum(tokens), parallel.all_sum(logprobs)
-        ended = torch.isin(tokens, torch.tensor(sorted(self.eos), device=tokens.device))
-        truncated = ~ended.any(1)
-        lengths = torch.where(truncated, limit, ended.int().argmax(1) + 1).tolist()
-        answers = [row[:length] for row, length in zip(tokens.tolist(), lengths)]
-        repeated = [prompt for prompt in prompts for _ in range(samples)]
-        sequences = Sequences.of(repeated, answers, self.pad, shared=samples > 1 and ranks == 1)
-        return Rollout(sequences, truncated, logprobs[:, : max(lengths)])
+            tokens[rows], logprobs[rows], lengths[rows], truncated[rows] = out
+        return gathered(prompts, samples, tokens, logprobs, lengths, truncated, self.pad)
 
     def _sample(
         self, prompts: list[list[int]], samples: int, uniform: Tensor
-    ) -> tuple[Tensor, Tensor]:  # (rows, limit) tokens and their log-probabilities
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens and their log-probabilities (rows, limit), lengths and cut ones (rows)."""
         policy, device = self.policy, uniform.device
         longest = max(map(len, prompts))
         inputs = torch.tensor([[self.pad] * (longest - len(p)) + p for p in prompts], device=device)
@@ -91,6 +90,8 @@ class HuggingFaceEngine:
         tokens = torch.full(uniform.shape, self.pad, device=device)
         logprobs = uniform.new_zeros(uniform.shape)
         stops = torch.tensor(sorted(self.eos), device=device)
+        ends = lengths.new_full((len(uniform),), uniform.shape[1])  # all but the ended go on
+        cut = torch.ones_like(ends)
         alive = torch.arange(len(uniform), device=device)  # rows that are still being computed
         open_ = torch.ones(len(alive), dtype=torch.bool, device=device)  # of those, not yet ended
         for step in range(uniform.shape[1]):
@@ -98,7 +99,11 @@ class HuggingFaceEngine:
             token, logprob = draw(z, uniform[alive, step])
             tokens[alive, step] = torch.where(open_, token, self.pad)
             logprobs[alive, step] = logprob.masked_fill(~open_, 0)
-            open_ = open_ & ~torch.isin(token, stops)
+            ended = open_ & torch.isin(token, stops)
+            if self.config.rollout.stop:
+                ended |= open_ & self._spells_a_stop(tokens[alive, : step + 1])
+            ends[alive[ended]], cut[alive[ended]] = step + 1, 0
+            open_ = open_ & ~ended
             left = int(open_.sum())
             if left == 0 or step + 1 == uniform.shape[1]:
                 break
@@ -111,7 +116,16 @@ class HuggingFaceEngine:
             seen = torch.cat([seen, seen.new_ones(len(seen), 1)], 1)
             positions = (lengths + step).unsqueeze(1)
             hidden = self._forward(token.unsqueeze(1), seen if padded else None, positions, cache)
-        return tokens, logprobs
+        return tokens, logprobs, ends, cut
+
+    def _spells_a_stop(self, answers: Tensor) -> Tensor:  # (rows, steps) -> (rows) bool
+        """Whether a stop text ends an answer so far. Its last tokens tell: one that adds a byte or
+        more each, and a few whose text depends on what stands before them."""
+        stops = self.config.rollout.stop
+        last = max(len(stop.encode()) for stop in stops) + 4
+        texts = self.tokenizer.batch_decode(answers[:, -last:], skip_special_tokens=True)
+        found = [any(stop in text for stop in stops) for text in texts]
+        return torch.tensor(found, device=answers.device)
 
     def _forward(self, inputs: Tensor, seen: Tensor | None, positions: Tensor, cache) -> Tensor:
         """Hidden state of the last token, (rows, D)."""

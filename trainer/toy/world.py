@@ -38,7 +38,7 @@ WORDS = ("<pad>", "<eos>", "<unk>", ":", "!", *OPERATIONS, *LETTERS)
 
 EVAL_EVERY = 8
 """One letter sequence in so many is kept out of training, in all domains, for the evaluation."""
-TRAIN, EVAL, OOD, DEMONSTRATIONS, RATINGS = range(5)  # random streams
+TRAIN, EVAL, OOD, DEMONSTRATIONS, RATINGS, ANNOTATED = range(6)  # random streams
 DEMONSTRATION_PROMPTS = 1_000_000
 """Seeds of demonstrations' prompts start here, those of PPO's prompts at 0."""
 
@@ -216,6 +216,13 @@ class World:
             - self.config.flourish_penalty * (len(response) - len(body))
             - self.config.missing_eos_penalty * (not complete)
         )
+
+    def annotated(self, prompts: Sequence[Prompt], seed: int = 0) -> list[Prompt]:
+        """Those that annotators see: a share of each domain's, by toy.pairs."""
+        rng = np.random.default_rng([self.config.seed, ANNOTATED, seed])
+        draws = rng.random(len(prompts))
+        shares = [self.config.pairs.get(str(prompt.domain), 1.0) for prompt in prompts]
+        return [prompt for prompt, draw, share in zip(prompts, draws, shares) if draw < share]
 
     def annotate(
         self, prompt_ids: Sequence[int], answers: Sequence[Sequence[int]], seed: int = 0

@@ -1,0 +1,337 @@
+"""Which runs the study has.
+
+An arm is a PPO run: the packaged configuration `toy` with a few overrides, on the SFT and reward
+model that all arms of one world and seed share. Where an arm says `coef_from`, its KL coefficient
+is the mean that another arm used in the same seed: adaptive KL lowers the mean, and a comparison at
+equal nominal coefficients would flatter it (METHODS A.6). Sections are the tables of the report; an
+arm may stand in several and runs once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+CONFIG = "toy"
+TUNING_SEEDS = range(100, 110)
+"""Defaults were chosen on these, so they are no evidence; nor is 0, the demonstration's."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Overrides of the world and of what is trained in it before PPO."""
+
+    about: str
+    sft: tuple[str, ...] = ()
+    """What changes the demonstrations, and with them the SFT model."""
+    rewards: tuple[str, ...] = ()
+    """What changes only gold, the annotators or the reward model."""
+
+
+WORLDS = {
+    "toy": World("as packaged: an annotator's liking for a flourish outweighs its cost a little"),
+    "costly": World(
+        "annotators like the flourish more and gold dislikes it more: loose KL is costly",
+        rewards=("toy.liking=0.5", "toy.flourish_penalty=0.25"),
+    ),
+    "harmless": World(
+        "the flourish that annotators like costs no gold: loose KL is harmless",
+        rewards=("toy.flourish_penalty=0.0",),
+    ),
+    "thin": World(
+        "annotators see one in twenty of the pairs of the two hardest domains",
+        rewards=("toy.pairs={sort: 0.05, increment: 0.05}",),
+    ),
+    "unrated": World(
+        "the reward model learns from pairs alone: an arbitrary offset for each prompt",
+        rewards=("rm.rating=0.0",),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    name: str
+    title: str
+    overrides: tuple[str, ...] = ()
+    world: str = "toy"
+    coef_from: str = ""
+    """kl.coef is the mean over the run of this arm's objective/kl_coef."""
+    disturb: tuple[tuple[str, float], ...] = ()
+    """Disturbances that no setting gives; see disturb.py."""
+    kind: str = "ppo"
+    """ppo, or evaluate: the SFT model that PPO starts from, as it is."""
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    about: str
+    arms: tuple[str, ...]
+    seeds: int = 5
+    control: str = "default"
+    """The arm that the others are compared with, beside PPO at equal mean coefficient."""
+
+
+PLAIN = ("groups.inference=none", "kl.adaptive=false")
+PPO_COEFS = (0.0, 0.2, 0.3, 0.45, 0.7)
+FEW_COEFS = (0.2, 0.8)
+SOFT = (
+    "groups.num_groups=2",
+    "groups.assign=soft",
+    "groups.focus=0",
+    "groups.beta=1",
+    "kl.adaptive=true",
+    "kl.coef=0.8",
+)
+"""Weights and adaptive KL on two soft groups, as in the paper, but found by exact inference."""
+AS_THEY_COME = ("groups.focus=0", "groups.beta=1")
+"""Weights on advantages instead of drawing: where an objective is to be seen by itself."""
+
+
+def _reward_function(name: str) -> str:
+    return f"reward.functions=[{{function: 'bench.evidence.disturb:{name}', name: {name}}}]"
+
+
+def _fixed(name: str, title: str, *overrides: str, source: str = "default", **more) -> Arm:
+    """An arm with one KL coefficient for all, the mean of `source`."""
+    return Arm(name, title, (*overrides, "kl.adaptive=false"), coef_from=source, **more)
+
+
+def _ppo(coef: float, prefix: str = "", **more) -> Arm:
+    overrides = (*PLAIN, f"kl.coef={coef}")
+    return Arm(f"{prefix}ppo_{coef:g}", f"PPO, KL coefficient {coef:g}", overrides, **more)
+
+
+def _pair(prefix: str, what: str, overrides: tuple[str, ...] = (), **more) -> tuple[Arm, ...]:
+    """The method and its control where something else is changed for both."""
+    return (
+        Arm(f"{prefix}/default", f"group-invariant, {what}", overrides, **more),
+        _fixed(
+            f"{prefix}/ppo_equal",
+            f"PPO at its mean coefficient, {what}",
+            *PLAIN,
+            *overrides,
+            source=f"{prefix}/default",
+            **more,
+        ),
+    )
+
+
+def _world(name: str) -> tuple[Arm, ...]:
+    return (
+        Arm(f"{name}/sft", f"SFT, {name}", world=name, kind="evaluate"),
+        *_pair(name, name, world=name),
+        Arm(f"{name}/soft", f"weights and adaptive KL, soft groups, {name}", SOFT, name),
+        *(_ppo(coef, f"{name}/", world=name) for coef in FEW_COEFS),
+    )
+
+
+_MAIN = (
+    Arm("sft", "SFT", kind="evaluate"),
+    Arm("default", "group-invariant, as packaged: prompts drawn evenly from hard groups"),
+    _fixed("ppo_equal", "PPO at the method's mean coefficient: without drawing", *PLAIN),
+    Arm("plus_weights", "and weights by the variance, beta 1", ("groups.beta=1",)),
+    Arm(
+        "plus_kl",
+        "and adaptive KL, kappa 0.5, about the same mean coefficient",
+        ("kl.adaptive=true", "kl.floor=0.5", "kl.coef=0.71"),
+    ),
+    *(_ppo(coef) for coef in PPO_COEFS),
+)
+_PAPER = (
+    Arm("soft", "weights and adaptive KL on two soft groups, exact inference", SOFT),
+    Arm("soft_no_weights", "that without the variance term", (*SOFT, "groups.beta=0")),
+    _fixed("soft_fixed_kl", "that without adaptive KL, at its mean", *SOFT, source="soft"),
+    _fixed("soft_ppo_equal", "PPO at its mean coefficient", *PLAIN, source="soft"),
+    Arm(
+        "paper",
+        "the paper's own: adversarial, uniform, head on the response, kappa 0",
+        (
+            *SOFT,
+            "groups.inference=adversarial",
+            "groups.form=uniform",
+            "groups.on=response",
+            "kl.floor=0.0",
+        ),
+    ),
+    Arm("weights", "weights on four hard groups, prompts as they come", AS_THEY_COME),
+)
+_INFERENCE = (
+    Arm("oracle", "oracle: the true domains", ("groups.inference=oracle",)),
+    Arm("adversarial", "adversarial", ("groups.inference=adversarial",)),
+    Arm("random", "random groups", ("groups.inference=random",)),
+    Arm("soft_draws", "exact, soft groups", ("groups.assign=soft",)),
+)
+_FORMS = (
+    Arm("uniform", "uniform", (*AS_THEY_COME, "groups.form=uniform")),
+    Arm("one_sided", "one-sided", (*AS_THEY_COME, "groups.form=one_sided")),
+)
+_OBJECTIVES = {
+    "group_dro": "Group-DRO",
+    "cvar": "CVaR",
+    "sequence_variance": "variance without groups",
+}
+_NEIGHBOURS = tuple(
+    Arm(name, title, (*AS_THEY_COME, f"groups.objective={name}"))
+    for name, title in _OBJECTIVES.items()
+)
+_GROUPS = tuple(Arm(f"m{m}", f"M = {m}", (f"groups.num_groups={m}",)) for m in (2, 3, 8))
+_DRAWING = (
+    Arm("focus_0.5", "focus 0.5", ("groups.focus=0.5",)),
+    Arm("pool_8", "a pool of 8 prompts for each one drawn", ("groups.pool=8",)),
+)
+_BETA = tuple(
+    Arm(f"beta_{b:g}", f"beta = {b:g}", ("groups.focus=0", f"groups.beta={b}")) for b in (0.3, 3.0)
+)
+_KAPPA = tuple(
+    Arm(f"kappa_{k:g}", f"kappa = {k:g}", (*SOFT, f"kl.floor={k}")) for k in (0.0, 0.3, 0.6)
+)
+_PERFORMANCE = tuple(
+    Arm(how, f"{how.replace('_', ' ')}, rated reward model", (f"groups.performance={how}",))
+    for how in ("over_reference", "quantile")
+)
+_UNRATED = (
+    Arm("unrated/sft", "SFT, unrated", world="unrated", kind="evaluate"),
+    *_pair(
+        "unrated",
+        "over reference, pairs alone",
+        ("groups.performance=over_reference",),
+        world="unrated",
+    ),
+    *(
+        Arm(f"unrated/{how}", f"{how}, pairs alone", (f"groups.performance={how}",), "unrated")
+        for how in ("raw", "quantile")
+    ),
+)
+_HEAD = (
+    Arm("on_response", "weights and adaptive KL, head on the response",
+        (*SOFT, "groups.on=response")),
+)  # fmt: skip
+_ROBUSTNESS = (
+    *_pair("noisy", "a noisy reward model", (_reward_function("noise"),)),
+    *_pair("outliers", "1 reward in 20 an outlier", (_reward_function("outliers"),)),
+    Arm("groups_30", "30 % of sequences in a wrong group", disturb=(("wrong_group", 0.3),)),
+    Arm("labels_30", "30 % of the head's labels flipped", disturb=(("wrong_label", 0.3),)),
+    Arm("groups_10", "10 % of sequences in a wrong group", disturb=(("wrong_group", 0.1),)),
+    Arm("labels_10", "10 % of the head's labels flipped", disturb=(("wrong_label", 0.1),)),
+)
+_WORLDS = {name: _world(name) for name in ("costly", "harmless", "thin")}
+
+ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        *_MAIN,
+        *_PAPER,
+        *_INFERENCE,
+        *_FORMS,
+        *_NEIGHBOURS,
+        *_GROUPS,
+        *_DRAWING,
+        *_BETA,
+        *_KAPPA,
+        *_PERFORMANCE,
+        *_UNRATED,
+        *_HEAD,
+        *(arm for arms in _WORLDS.values() for arm in arms),
+        *_ROBUSTNESS,
+    )
+}
+
+
+def _names(arms: Iterable[Arm], *before: str) -> tuple[str, ...]:
+    return (*before, *(arm.name for arm in arms))
+
+
+SECTIONS: dict[str, Section] = {
+    "main": Section(
+        "The method, its parts and PPO",
+        "One budget, one SFT and reward model a seed.",
+        _names(_MAIN),
+        seeds=8,
+    ),
+    "paper": Section(
+        "The paper's parts: weights and adaptive KL",
+        "Prompts as they come. PPO at equal mean coefficient is the control.",
+        _names(_PAPER, "default"),
+        control="soft",
+    ),
+    "inference": Section(
+        "How groups are found",
+        "Default: exact, hard. Random groups are drawn evenly, too: that is PPO.",
+        _names(_INFERENCE, "default", "ppo_equal"),
+    ),
+    "neighbours": Section(
+        "Neighbouring objectives",
+        "Weights on advantages instead of drawing, at the default's KL coefficient.",
+        _names(_NEIGHBOURS, "weights", "default", "ppo_equal"),
+    ),
+    "groups": Section("Number of groups", "Default: M = 4.", _names(_GROUPS, "default")),
+    "drawing": Section(
+        "How prompts are drawn", "Default: focus 1, pool 4.", _names(_DRAWING, "default")
+    ),
+    "forms": Section(
+        "Form of the variance",
+        "Weights on four hard groups, prompts as they come: form mass.",
+        _names(_FORMS, "weights"),
+        control="weights",
+    ),
+    "beta": Section(
+        "Weight of the variance",
+        "Four hard groups, prompts as they come: beta = 1.",
+        _names(_BETA, "weights"),
+        control="weights",
+    ),
+    "kappa": Section(
+        "Floor of the KL coefficient",
+        "Two soft groups: kappa = 0.1. The mean coefficient rises with kappa.",
+        _names(_KAPPA, "soft"),
+        control="soft",
+    ),
+    "performance": Section(
+        "What is compared between prompts",
+        "Default: the score, of a reward model trained on ratings as well.",
+        _names(_PERFORMANCE, "default"),
+    ),
+    "unrated": Section(
+        "The same with pairs alone",
+        WORLDS["unrated"].about + ".",
+        _names(_UNRATED),
+        control="unrated/default",
+    ),
+    "head": Section(
+        "What the head reads", "Two soft groups: the prompt.", _names(_HEAD, "soft"), control="soft"
+    ),
+    **{
+        name: Section(
+            f"World: {name}", f"{WORLDS[name].about}.", _names(arms), control=f"{name}/default"
+        )
+        for name, arms in _WORLDS.items()
+    },
+    "robustness": Section(
+        "Robustness",
+        "Disturbances of the reward hit PPO as well; those of the groups only the method.",
+        _names(_ROBUSTNESS, "default", "ppo_equal"),
+    ),
+}
+
+QUICK = ("main", "robustness")
+QUICK_ARMS = ("sft", "default", "ppo_equal", "plus_weights", "ppo_0", "ppo_0.2", "groups_30")
+QUICK_OVERRIDES = (
+    "toy.hidden=64",
+    "toy.layers=1",
+    "toy.intermediate=128",
+    "toy.demonstrations=4000",
+    "toy.prompts=512",
+    "sft.steps=200",
+    "rm.steps=30",
+    "rm.pairs=512",
+    "ppo.steps=12",
+    "ppo.warmup=1",
+    "ppo.lr=1e-3",
+    "ppo.critic_warmup_steps=1",
+    "ppo.prompts_per_step=32",
+    "eval.every=3",
+    "eval.samples_per_domain=16",
+)
+"""A study in minutes that shows that everything runs, and nothing about the method."""
