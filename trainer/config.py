@@ -868,10 +868,10 @@ class Config:
         return _resolve(self.to_dict(), {}, overrides, "")
 
     def baseline(self, name: str) -> Config:
-        """The run `name` under `baselines`, in its own folder and with no baselines of its own."""
+        """The run `name` under `baselines`, in its own folder, with no baselines and no rounds."""
         inner = self.override(self.baselines[name])
         run = dataclasses.replace(self.run, output=str(Path(self.run.output, "baselines", name)))
-        return dataclasses.replace(inner, run=run, baselines={})
+        return dataclasses.replace(inner, run=run, metarm=MetaRm(), baselines={})
 
 
 def load(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
