@@ -625,12 +625,12 @@ class Groups:
 @dataclass(frozen=True, kw_only=True)
 class Kl:
     coef: float = 0.05
-    """eta. With adaptive it wants to be 2 to 5 times as large: the mean coefficient falls."""
-    adaptive: bool = False
-    """Per sequence: eta * (floor + (1 - floor) * p_easiest); relaxed where it is hard. At an equal
-    mean coefficient it brought nothing beside focus (docs/evidence.md)."""
-    floor: float = 0.1
-    """kappa: what is left of eta on the hardest; the paper has 0."""
+    """eta. Adaptive lowers the mean coefficient (objective/kl_coef), so it wants a larger eta."""
+    adaptive: bool = True
+    """Per sequence: eta * (floor + (1 - floor) * p_easiest); relaxed where it is hard."""
+    floor: float = 0.5
+    """kappa: what is left of eta outside the easiest group. The paper has 0, which a reward model
+    that knows little of hard data pays for (docs/evidence.md)."""
     estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
     """Of the KL at a token; exact: over the whole vocabulary."""
     controller: bool = False

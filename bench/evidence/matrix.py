@@ -81,12 +81,14 @@ SOFT = (
     "groups.assign=soft",
     "groups.focus=0",
     "groups.beta=1",
-    "kl.adaptive=true",
     "kl.coef=0.8",
+    "kl.floor=0.1",
 )
 """Weights and adaptive KL on two soft groups, as in the paper, but found by exact inference."""
-AS_THEY_COME = ("groups.focus=0", "groups.beta=1")
-"""Weights on advantages instead of drawing: where an objective is to be seen by itself."""
+ONE_COEF = ("kl.adaptive=false", "kl.coef=0.45")
+"""What adaptive KL comes to on average in the packaged configuration."""
+AS_THEY_COME = ("groups.focus=0", "groups.beta=1", *ONE_COEF)
+"""Weights on advantages and nothing else: where an objective is to be seen by itself."""
 
 
 def _reward_function(name: str) -> str:
@@ -129,14 +131,11 @@ def _world(name: str) -> tuple[Arm, ...]:
 
 _MAIN = (
     Arm("sft", "SFT", kind="evaluate"),
-    Arm("default", "group-invariant, as packaged: prompts drawn evenly from hard groups"),
-    _fixed("ppo_equal", "PPO at the method's mean coefficient: without drawing", *PLAIN),
+    Arm("default", "group-invariant, as packaged: prompts drawn evenly, adaptive KL"),
+    _fixed("ppo_equal", "PPO at the method's mean coefficient", *PLAIN),
+    Arm("one_coef", "without adaptive KL, at 0.45, about its mean", ONE_COEF),
+    Arm("no_drawing", "without drawing: adaptive KL alone", ("groups.focus=0",)),
     Arm("plus_weights", "and weights by the variance, beta 1", ("groups.beta=1",)),
-    Arm(
-        "plus_kl",
-        "and adaptive KL, kappa 0.5, about the same mean coefficient",
-        ("kl.adaptive=true", "kl.floor=0.5", "kl.coef=0.71"),
-    ),
     *(_ppo(coef) for coef in PPO_COEFS),
 )
 _PAPER = (
@@ -182,7 +181,8 @@ _DRAWING = (
     Arm("pool_8", "a pool of 8 prompts for each one drawn", ("groups.pool=8",)),
 )
 _BETA = tuple(
-    Arm(f"beta_{b:g}", f"beta = {b:g}", ("groups.focus=0", f"groups.beta={b}")) for b in (0.3, 3.0)
+    Arm(f"beta_{b:g}", f"beta = {b:g}", ("groups.focus=0", *ONE_COEF, f"groups.beta={b}"))
+    for b in (0.3, 3.0)
 )
 _KAPPA = tuple(
     Arm(f"kappa_{k:g}", f"kappa = {k:g}", (*SOFT, f"kl.floor={k}")) for k in (0.0, 0.3, 0.6)
@@ -263,8 +263,9 @@ SECTIONS: dict[str, Section] = {
     ),
     "neighbours": Section(
         "Neighbouring objectives",
-        "Weights on advantages instead of drawing, at the default's KL coefficient.",
-        _names(_NEIGHBOURS, "weights", "default", "ppo_equal"),
+        "Weights on advantages and nothing else, at one KL coefficient of 0.45: PPO's is ppo_0.45.",
+        _names(_NEIGHBOURS, "weights", "ppo_0.45", "default"),
+        control="ppo_0.45",
     ),
     "groups": Section("Number of groups", "Default: M = 4.", _names(_GROUPS, "default")),
     "drawing": Section(

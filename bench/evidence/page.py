@@ -351,7 +351,7 @@ def plots(runs: Runs, target: Path) -> list[Block]:
     return blocks
 
 
-CURVES = ("default", "ppo_equal", "plus_weights", "plus_kl")
+CURVES = ("default", "ppo_equal", "one_coef", "no_drawing")
 
 
 def _curves(runs: Runs) -> Figure | None:
@@ -414,7 +414,7 @@ def _frontier(runs: Runs) -> Figure | None:
     beside = {
         "default": RUN_COLOURS[0],
         "plus_weights": RUN_COLOURS[2],
-        "plus_kl": RUN_COLOURS[3],
+        "one_coef": RUN_COLOURS[3],
         "soft": RUN_COLOURS[4],
         "paper": RUN_COLOURS[6],
         "sft": SFT_COLOUR,

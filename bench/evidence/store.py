@@ -45,7 +45,8 @@ def changed(wanted: Settings, there: Settings) -> list[str]:
     defaults = settings.flat(Config().to_dict())
     missing = object()
     lines = []
-    for key in sorted(wanted.keys() | there.keys()):
+    idle = {"kl.floor"} if not wanted.get("kl.adaptive", True) else set()  # nothing looks at it
+    for key in sorted((wanted.keys() | there.keys()) - idle):
         ours, theirs = wanted.get(key, missing), there.get(key, defaults.get(key, missing))
         if key not in wanted:  # gone from the code: nobody knows what it would mean now
             lines.append(f"{key}: {theirs!r} -> gone")

@@ -124,11 +124,12 @@ def test_a_baseline_is_the_run_with_its_overrides_in_its_own_folder():
     config = load("toy", ["run.output=here"])
     plain = config.baseline("ppo")
     assert plain.run.output == "here/baselines/ppo" and plain.baselines == {}
-    assert not plain.groups.active and not plain.kl.adaptive
+    assert not plain.groups.active
     assert settings.differences(plain, config) == [
         "baselines: None -> {}",
-        "baselines.ppo: ['groups.inference=none'] -> None",
+        "baselines.ppo: ['groups.inference=none', 'kl.coef=0.45'] -> None",
         "groups.inference: 'exact' -> 'none'",
+        "kl.coef: 0.71 -> 0.45",
     ]
     assert plain.sft == config.sft and plain.ppo == config.ppo
 

@@ -159,23 +159,23 @@ def ran(fresh, *overrides):
 def test_inference_none_is_plain_ppo_whatever_else_is_set(fresh):
     plain = comparable(ran(fresh, "groups.inference=none"))
     assert plain == comparable(
-        ran(fresh, "groups.inference=none", "groups.beta=7", "kl.adaptive=true")
+        ran(fresh, "groups.inference=none", "groups.beta=7", "kl.adaptive=false")
     )
     # groups that nothing looks at change nothing
     assert plain == comparable(
-        ran(fresh, "groups.inference=random", "groups.focus=0", "groups.beta=0")
+        ran(fresh, "groups.inference=random", "groups.focus=0", "kl.adaptive=false")
     )
     assert plain == comparable(
-        ran(fresh, "groups.inference=oracle", "groups.focus=0", "kl.adaptive=true", "kl.floor=1")
+        ran(fresh, "groups.inference=oracle", "groups.focus=0", "kl.floor=1")
     )
 
 
 def test_beta_zero_leaves_adaptive_kl_and_the_other_way_round(fresh):
-    weights_off = lines(ran(fresh, "kl.adaptive=true", "groups.assign=soft"))
+    weights_off = lines(ran(fresh, "groups.assign=soft"))
     assert all(line["group/0/weight"] == line["group/1/weight"] == 1 for line in weights_off)
     eta = tiny.config("unused").kl.coef
     assert any(line["objective/kl_coef"] != pytest.approx(eta) for line in weights_off)
-    kl_off = lines(ran(fresh, "groups.beta=1"))
+    kl_off = lines(ran(fresh, "groups.beta=1", "kl.adaptive=false"))
     assert all(line["objective/kl_coef"] == pytest.approx(eta) for line in kl_off)
     assert any(line["group/0/weight"] != 1 for line in kl_off)
 
