@@ -871,7 +871,8 @@ class Config:
         """The run `name` under `baselines`, in its own folder, with no baselines and no rounds."""
         inner = self.override(self.baselines[name])
         run = dataclasses.replace(self.run, output=str(Path(self.run.output, "baselines", name)))
-        return dataclasses.replace(inner, run=run, metarm=MetaRm(), baselines={})
+        no_rounds = dataclasses.replace(inner.metarm, rounds=0)
+        return dataclasses.replace(inner, run=run, metarm=no_rounds, baselines={})
 
 
 def load(name_or_path: str, overrides: Sequence[str] = ()) -> Config:

@@ -34,7 +34,6 @@ import gikernels
 from trainer import models, parallel, ppo, reward
 from trainer.batching import Sequences, batch_indices, pieces
 from trainer.checkpoint import FINISHED, Checkpoints, TrainState, finished
-from trainer.config import MetaRm
 from trainer.data import Pair, Prompt, load_prompts
 from trainer.evaluate import by_label, make_judge
 from trainer.experience import check_engine, forward_models
@@ -243,7 +242,7 @@ def round_config(t: Setup, n: int):
             config.model, policy=start, reference=t.sft, reward=str(after.model("rm"))
         ),
         ppo=dataclasses.replace(config.ppo, steps=settings.ppo_steps or config.ppo.steps),
-        metarm=MetaRm(),
+        metarm=dataclasses.replace(settings, rounds=0),
         baselines={},
     )
     if parallel.is_main():
