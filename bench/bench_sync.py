@@ -86,7 +86,7 @@ def main(dtype: str = "bfloat16") -> int:
     needed = statistics.median(seconds["copy"]) + statistics.median(seconds["vLLM's load"])
     ratio = statistics.median(seconds["sync"]) / needed
     print(f"sync is {ratio:.2f}x of copy and load (bar 1.5)")
-    return int(ratio > 1.5 or extra > 0.75 * size)
+    return int(ratio > 1.5 or extra > size)
 
 
 if __name__ == "__main__":

@@ -121,12 +121,17 @@ def test_each_sync_has_a_name(config):
     engine.sync(policy, 2)
     names.append(str(engine.synced))
     resumed, policy = engine_of(config())
-    resumed.sync(policy, 40)
-    assert [*names, str(resumed.synced)] == [
+    for step in (None, 40, None, 41):  # None: the reference policy
+        resumed.sync(policy, step)
+        names.append(str(resumed.synced))
+    assert names == [
         "sync 1 (the first, weights of step 0)",
         "sync 2 (an update, weights of step 1)",
         "sync 3 (after sleep, weights of step 2)",
-        "sync 1 (the first after a resume, weights of step 40)",
+        "sync 1 (the first)",
+        "sync 2 (the first after a resume, weights of step 40)",
+        "sync 3 (an update)",
+        "sync 4 (an update, weights of step 41)",
     ]
     assert engine.synced.bytes == sum(p.nbytes for p in policy.parameters())
 

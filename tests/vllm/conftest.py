@@ -6,8 +6,8 @@ from tests.trainer import tiny
 from trainer import reward, sft
 from trainer.metrics import RunFolder
 
-# vLLM's attention on a CPU wants heads of 32 or more.
-SHAPE = ["toy.heads=1"]
+# vLLM's attention on a CPU wants heads of 32 or more; two of them, for two ranks.
+SHAPE = ["toy.hidden=64", "toy.heads=2"]
 
 
 def pytest_collection_modifyitems(items):

@@ -27,7 +27,7 @@ SETTINGS = [
     "eval.every=4",
     "trainer.save_every=1",
 ]
-MINUTES = 300  # seconds that a child may take on a slow and busy machine
+PATIENCE = 1800  # seconds, on a slow and busy machine: only what hangs takes longer
 
 
 def command(output, settings, resume=False, fault=None):
@@ -78,7 +78,7 @@ def hang():
 
 
 def run(*arguments) -> int:
-    return children.wait([children.start(command, *arguments)], MINUTES)[0]
+    return children.wait([children.start(command, *arguments)], PATIENCE)[0]
 
 
 def test_killed_broken_and_hung_in_the_middle_of_generating(base, tmp_path):
@@ -87,6 +87,7 @@ def test_killed_broken_and_hung_in_the_middle_of_generating(base, tmp_path):
     for folder in (unbroken, broken):
         shutil.copytree(base.path / "models", folder / "models")
     assert run(unbroken, SETTINGS) == 0
+    assert "Traceback" not in (unbroken / "stderr").read_text()  # nor at its end
 
     assert run(broken, SETTINGS, False, (1, die)) == -signal.SIGKILL
     assert run(broken, SETTINGS, True, (2, fail)) == 1
@@ -94,8 +95,8 @@ def test_killed_broken_and_hung_in_the_middle_of_generating(base, tmp_path):
     assert "in fail" in said  # vLLM's traceback, and then one line
     assert said.strip().splitlines()[-1] == (
         "gi: rollout.engine=vllm: the engine of rank 0 could not generate: RuntimeError: CUDA "
-        "error: an illegal memory access was encountered. Checkpoints are intact: --resume goes on "
-        "from the newest"
+        "error: an illegal memory access was encountered more of it. Checkpoints are intact: "
+        "--resume goes on from the newest"
     )
     assert run(broken, [*SETTINGS, "rollout.timeout=20"], True, (3, hang)) == 1
     said = (broken / "stderr").read_text()
@@ -133,7 +134,7 @@ def test_two_ranks_with_an_engine_each_or_one_together(base, tmp_path, share):
     for ranks in (1, 2):
         arguments = (base.path / "models", tmp_path / str(ranks), share if ranks == 2 else 1)
         processes = children.ranks(ranks, iterate, *arguments)
-        assert children.wait(processes, MINUTES) == [0] * ranks
+        assert children.wait(processes, PATIENCE) == [0] * ranks
         found.append(torch.load(tmp_path / str(ranks) / "lines"))
     for one, two in zip(*found):
         assert two["rollout/logprob_diff_max"] < 1e-4
@@ -159,12 +160,13 @@ def note_memory(output, settings):
 
 
 def test_memory_stays_flat_over_200_steps(base, tmp_path):
+    """After 70 others, in which the cache is touched for the first time and allocators fill up."""
     shutil.copytree(base.path / "models", tmp_path / "models")
-    settings = ["ppo.steps=200", "eval.every=0", "trainer.save_every=0"]
+    settings = ["ppo.steps=270", "eval.every=0", "trainer.save_every=0"]
     process = children.start(note_memory, tmp_path, settings)
-    assert children.wait([process], 2 * MINUTES) == [0]
+    assert children.wait([process], PATIENCE) == [0]
     sizes = torch.tensor(torch.load(tmp_path / "sizes"), dtype=torch.float64)
-    early, late = sizes[40:60].mean(), sizes[-20:].mean()
+    early, late = sizes[70:90].mean(), sizes[-20:].mean()
     assert late < 1.02 * early, (early, late)
 
 
@@ -183,22 +185,29 @@ TOY = [
 ]
 
 
-def whole_run(output, settings):
-    """`gi train toy`: sft, reward model, ppo."""
+def stages(output, command, settings):
+    """`gi train toy` of some stages, or `gi ppo toy`."""
     from trainer.__main__ import main
 
-    sys.exit(main(["train", "toy", *TOY, *settings, "--output", str(output)]))
+    sys.exit(main([command, "toy", *TOY, *settings, "--output", str(output)]))
 
 
 def test_the_toy_run_learns_what_it_learns_with_the_other_engine(tmp_path):
-    """Proxy over the run, in units of what PPO gains: seeds differ by about a tenth of it."""
+    """Proxy over the run, against the same reward model. Single evaluations scatter by a fifth of
+    what PPO gains; an engine that samples from anything else gains nothing, or is found out."""
+
+    def child(*arguments):
+        return children.wait([children.start(stages, *arguments)], PATIENCE)[0]
+
+    assert child(tmp_path / "hf", "train", ["run.stages=[sft,rm]"]) == 0
+    shutil.copytree(tmp_path / "hf" / "models", tmp_path / "vllm" / "models")
     gains = {}
     for engine in ("hf", "vllm"):
-        process = children.start(whole_run, tmp_path / engine, [f"rollout.engine={engine}"])
-        assert children.wait([process], 2 * MINUTES) == [0]
-        folder = RunFolder(tmp_path / engine)
-        (before,) = evaluations(folder, "sft")
-        after = [line["eval/proxy"] for line in evaluations(folder, "policy")[-3:]]
-        gains[engine] = sum(after) / 3 - before["eval/proxy"]
+        run = RunFolder(tmp_path / engine)
+        run.config.unlink(missing_ok=True)
+        assert child(run.path, "ppo", [f"rollout.engine={engine}"]) == 0
+        (before,) = evaluations(run, "sft")
+        after = [line["eval/proxy"] for line in evaluations(run, "policy")[1:]]
+        gains[engine] = sum(after) / len(after) - before["eval/proxy"]
     assert gains["hf"] > 0.1
-    assert gains["vllm"] == pytest.approx(gains["hf"], rel=0.3)
+    assert gains["vllm"] == pytest.approx(gains["hf"], rel=0.5)

@@ -31,6 +31,7 @@ class Sync:
     kind: str
     step: int | None  # that the weights are of; None: not of a policy in training
     bytes: int  # that reached this rank's engine
+    trained: bool = False  # a policy in training has been here, now or before
 
     def __str__(self) -> str:
         step = "" if self.step is None else f", weights of step {self.step}"
@@ -38,11 +39,13 @@ class Sync:
 
 
 def next_sync(last: Sync | None, step: int | None, moved: int, slept: bool = False) -> Sync:
-    if last is None:
+    before = last is not None and last.trained
+    if last is None or (step is not None and not before):
         kind = "the first after a resume" if step else "the first"
     else:
         kind = "after sleep" if slept else "an update"
-    return Sync(last.number + 1 if last else 1, kind, step, moved)
+    trained = before or step is not None
+    return Sync(last.number + 1 if last else 1, kind, step, moved, trained)
 
 
 @dataclass(frozen=True)

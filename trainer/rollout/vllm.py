@@ -150,8 +150,7 @@ class _OneClearError:
         problem = None
         if error is not None:
             traceback.print_exception(error)  # vLLM's inside is worth seeing once
-            lines = str(error).strip().splitlines()
-            problem = f"{type(error).__name__}: {lines[0] if lines else ''}"
+            problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         problems = parallel.gather_objects(problem)
         for rank, each in enumerate(problems):
             if each is not None:
@@ -236,6 +235,8 @@ class Vllm:
         before = random.state_dict()  # vLLM seeds the whole process
         self.llm = LLM(self.folder.name, **options)
         random.load_state_dict(before)
+        # Its end would be that of the process group, which is the trainer's.
+        self.llm.llm_engine.engine_core._finalizer.detach()
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
