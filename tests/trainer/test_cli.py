@@ -323,7 +323,7 @@ def test_reports_of_one_run_and_of_two(trained, gi, tmp_path, monkeypatch):
 
 def test_keys_and_doctor(gi):
     code, out, _ = gi("keys", "kl")
-    assert code == 0 and "floor: 0.1" in out and "ppo" not in out.split()
+    assert code == 0 and "floor: 0.5" in out and "ppo" not in out.split()
     code, out, _ = gi("doctor")
     assert code == 0
     for part in ("torch", "gikernels: reference", "vLLM", ".[vllm]"):

@@ -58,7 +58,7 @@ def test_reward_head_is_saved_in_hugging_face_format(base, tmp_path, head):
 
 @pytest.mark.parametrize("on", ["prompt", "response"])
 def test_critic_reads_states_before_tokens_and_the_group_where_it_is_told(base, on):
-    config = tiny.config("unused", f"groups.on={on}")
+    config = tiny.config("unused", f"groups.on={on}", "groups.focus=0")
     policy = models.load_policy(str(base.model("sft")), config)
     reward, _ = models.load_scoring_model(config, base)
     critic = models.make_critic(config, base, policy, Groups(config, []))

@@ -105,9 +105,10 @@ def test_check_logprobs_says_where_and_counts_nan(setup):
 
 def test_check_logprobs_names_the_sync(setup):
     _, _, policy, engine = setup()
+    engine.sync(policy, 6)
     engine.sync(policy, 7)
     rollout = generate(engine)
-    with pytest.raises(LogprobMismatch, match=r"look at sync 2 \(an update, weights of step 7\)"):
+    with pytest.raises(LogprobMismatch, match=r"look at sync 3 \(an update, weights of step 7\)"):
         check_logprobs(rollout, rollout.logprobs + 1, 0.1, engine.synced)
 
 
