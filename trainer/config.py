@@ -659,11 +659,11 @@ class MetaRm:
 
     rounds: int = 0
     """How many; 0: none."""
-    variant: Literal["none", "literal", "normalised", "additive", "supported"] = "none"
+    variant: Literal["none", "literal", "normalised", "additive", "supported"] = "normalised"
     """How answers without labels enter; none: as many plain steps on the pairs, the control."""
-    step: float = 1.0
-    """eta, the length of the ascent on the spread J; additive: its weight lambda. Literal: times
-    the gradient, which is small."""
+    step: float = 0.1
+    """eta: the length of the detour, in units of the weights; literal: a factor of the gradient of
+    J; additive: the weight of J."""
     prompts: Literal["train", "ood"] = "train"
     """Where the answered prompts come from: data.prompts, or data.ood_prompts (every other one, the
     rest is for measuring)."""
@@ -868,10 +868,11 @@ class Config:
         return _resolve(self.to_dict(), {}, overrides, "")
 
     def baseline(self, name: str) -> Config:
-        """The run `name` under `baselines`, in its own folder and with no baselines of its own."""
+        """The run `name` under `baselines`, in its own folder, with no baselines and no rounds."""
         inner = self.override(self.baselines[name])
         run = dataclasses.replace(self.run, output=str(Path(self.run.output, "baselines", name)))
-        return dataclasses.replace(inner, run=run, baselines={})
+        no_rounds = dataclasses.replace(inner.metarm, rounds=0)
+        return dataclasses.replace(inner, run=run, metarm=no_rounds, baselines={})
 
 
 def load(name_or_path: str, overrides: Sequence[str] = ()) -> Config:

@@ -34,16 +34,15 @@ import gikernels
 from trainer import models, parallel, ppo, reward
 from trainer.batching import Sequences, batch_indices, pieces
 from trainer.checkpoint import FINISHED, Checkpoints, TrainState, finished
-from trainer.config import MetaRm
 from trainer.data import Pair, Prompt, load_prompts
 from trainer.evaluate import by_label, make_judge
-from trainer.experience import forward_models
+from trainer.experience import check_engine, forward_models
 from trainer.faults import Guard
 from trainer.metrics import Averages, MetricsLog, RunFolder, Timer, progress, say
 from trainer.models import Policy, RewardModel
 from trainer.optim import Optimizer
 from trainer.profiling import profiled
-from trainer.rollout import Rollout, check_logprobs, make_engine
+from trainer.rollout import Rollout, make_engine
 
 STAGE, ROUND = "metarm", "round"
 """Names of marks: a round's reward model is trained; a round is over."""
@@ -243,7 +242,7 @@ def round_config(t: Setup, n: int):
             config.model, policy=start, reference=t.sft, reward=str(after.model("rm"))
         ),
         ppo=dataclasses.replace(config.ppo, steps=settings.ppo_steps or config.ppo.steps),
-        metarm=MetaRm(),
+        metarm=dataclasses.replace(settings, rounds=0),
         baselines={},
     )
     if parallel.is_main():
@@ -314,6 +313,7 @@ def sample(t: Setup, policy: Policy, prompts: list[Prompt], *names: object) -> R
     draws = parallel.generator(t.config.run.seed, STAGE, *names)
     rollout = engine.generate([p.ids for p in prompts], t.config.metarm.samples, draws)
     engine.rest()
+    check_engine(t.config, engine, rollout, policy)
     return rollout
 
 
@@ -333,7 +333,6 @@ def sample_test(t: Setup, policy: str) -> Answers:
     rollout = sample(t, ours, t.test_prompts, "test")
     sequences, prompts = rollout.sequences, [p for p in t.test_prompts for _ in range(k)]
     out = forward_models(config, ours, theirs, None, sequences)
-    check_logprobs(rollout, out.logprobs, config.rollout.logprob_bound)
     shift = config.metarm.prompts == "ood"
     by_program = make_judge(config, config.data.ood_prompts if shift else config.data.eval_prompts)
     return Answers(

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from tests.trainer import children, tiny
-from trainer import metarm, models, parallel, ppo, reward
+from trainer import baselines, metarm, models, parallel, ppo, reward
 from trainer.batching import Sequences
+from trainer.config import load
 from trainer.data import Pair
 from trainer.metrics import Averages, RunFolder, read_lines
 
@@ -344,3 +345,10 @@ def test_figures_by_hand(unbroken, monkeypatch):
     assert figures["spread"] == pytest.approx((2 + 2 + 4 + 0 + 4) / 5 / 2)
     assert figures["spread_p50"] == 1
     assert figures["gold_accuracy"] == pytest.approx((1 + 1 + 0.5 + 1) / 4)
+
+
+def test_a_baseline_has_no_rounds(unbroken):
+    """It is compared with the first PPO, whose reward model it shares."""
+    config = load("toy", ["metarm.rounds=3", f"run.output={unbroken}"])
+    inner = baselines._inner(config, RunFolder(unbroken), "ppo", 1)
+    assert inner.stages == ("ppo",) and inner.model.reward
