@@ -17,6 +17,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -231,6 +232,8 @@ class Vllm:
         if not torch.distributed.is_initialized():
             # else vLLM makes a group of NCCL alone, and background checkpoints want gloo as well
             parallel.init_group(torch.distributed.HashStore(), 0, 1)
+        if not self.on_gpu:
+            _forget_shared_memory()
         random = RandomStates()
         before = random.state_dict()  # vLLM seeds the whole process
         self.llm = LLM(self.folder.name, **options)
@@ -298,6 +301,13 @@ def _repack_heads(model: torch.nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, ParallelLMHead):
             layer.quant_method.process_weights_after_loading(layer)
+
+
+def _forget_shared_memory() -> None:
+    """Ranks on a CPU that are one engine share memory whose name, under `external_launcher`, is
+    always the same. It outlives them, and the next engine would not start."""
+    for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):
+        left.unlink(missing_ok=True)
 
 
 def _write_shape(policy: Policy, folder: str) -> None:
