@@ -219,7 +219,12 @@ class Runs:
             values = self.values(name, measure)
             return _mean([values[seed] for seed in seeds])
 
-        return max(self.sweep(world), key=score)
+        return max(self.candidates(world), key=score)
+
+    def candidates(self, world: str) -> list[str]:
+        """For PPO's best: every coefficient above 0. Without a penalty it falls far below the SFT
+        model, and where it was run on fewer seeds, these would be all that is left."""
+        return [name for name in self.sweep(world) if "kl.coef=0.0" not in ARMS[name].overrides]
 
     def against_best(
         self, ours: str, measure: str, hindsight: bool = True
@@ -227,7 +232,7 @@ class Runs:
         """ours - PPO at its best coefficient for this measure, and which that is. In hindsight: the
         best on these very seeds, which flatters PPO; else for each seed the best on the others."""
         mine, world = self.values(ours, measure), ARMS[ours].world
-        sweep = self.sweep(world)
+        sweep = self.candidates(world)
         seeds = set(mine).intersection(*(self.values(name, measure) for name in sweep))
         if len(sweep) < 3 or len(seeds) < (1 if hindsight else 2):  # the best of one says nothing
             return None, ""

@@ -407,7 +407,7 @@ def _band(runs: Runs, key: str) -> tuple[list[float], list[float], list[float]] 
 
 
 def _frontier(runs: Runs) -> Figure | None:
-    sweep = runs.sweep("toy")
+    sweep = runs.candidates("toy")  # 0 lies far below: see the tables
     if len(sweep) < 2 or "default" not in runs.figures:
         return None
     figure = Figure(figsize=(9.6, 6.4))
@@ -438,7 +438,7 @@ def _frontier(runs: Runs) -> Figure | None:
                 height = runs.mean(arm, y)
                 axes.scatter([at], [height], color=colour, s=60, zorder=3, label=ARMS[arm].title)
     handles, labels = figure.axes[2].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
 
 
