@@ -175,9 +175,7 @@ class Checkpoints:
     def end(self) -> None:
         """The stage is over and its model saved: resuming has nothing to do here."""
         self.finish()
-        if parallel.is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / FINISHED).write_text(f"{self.state.step}\n")
+        mark_finished(self.folder, self.state.step)
 
     # --- writing ---
 
@@ -419,6 +417,13 @@ def forget(run: RunFolder, stage: str) -> None:
     if parallel.is_main():
         shutil.rmtree(run.checkpoints(stage), ignore_errors=True)
     parallel.barrier()
+
+
+def mark_finished(folder: Path, steps: int) -> None:
+    """For `finished`; in the checkpoints' folder of the stage."""
+    if parallel.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FINISHED).write_text(f"{steps}\n")
 
 
 def finished(run: RunFolder, stage: str, steps: int) -> bool:

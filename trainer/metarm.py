@@ -33,7 +33,7 @@ from torch import Tensor
 import gikernels
 from trainer import models, parallel, ppo, reward
 from trainer.batching import Sequences, batch_indices, pieces
-from trainer.checkpoint import FINISHED, Checkpoints, TrainState, finished
+from trainer.checkpoint import Checkpoints, TrainState, finished, mark_finished
 from trainer.data import Pair, Prompt, load_prompts
 from trainer.evaluate import by_label, make_judge
 from trainer.experience import check_engine, forward_models
@@ -78,7 +78,8 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
             log.write(STAGE, n, metrics)
             say(f"metarm round {n}: {headline(metrics)}")
             deploy(after, run)
-            mark(after)
+            mark_finished(after.checkpoints(ROUND), 1)
+            parallel.barrier()
 
 
 def train_reward_model(t: Setup, n: int, before: RunFolder, after: RunFolder, resume: bool) -> None:
@@ -285,13 +286,6 @@ def deploy_here(made: RunFolder, run: RunFolder) -> None:
         shutil.copytree(made.model(name), aside)
         shutil.rmtree(run.model(name), ignore_errors=True)
         aside.rename(run.model(name))
-
-
-def mark(made: RunFolder) -> None:
-    if parallel.is_main():
-        made.checkpoints(ROUND).mkdir(parents=True, exist_ok=True)
-        (made.checkpoints(ROUND) / FINISHED).write_text("1\n")
-    parallel.barrier()
 
 
 # --- answers, and what is measured on them --------------------------------------------------------
