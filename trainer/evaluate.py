@@ -3,7 +3,8 @@
 Answers are sampled as in training, from prompts and random numbers that are the same at every
 evaluation, so that differences between evaluations are differences between policies. `proxy` is the
 score that training sees; `gold` exists where a program can judge (the toy world) and never trains
-anything. KL is a sequence's, to the policy that PPO started from.
+anything. KL is a sequence's, to the reference policy: the one that PPO started from, unless
+model.reference names another.
 """
 
 from __future__ import annotations
@@ -160,16 +161,19 @@ def few_of_each_domain(samples: list[dict], count: int) -> list[dict]:
 
 def run(config, run: RunFolder, resume: bool = False) -> None:
     """`gi eval`: the policy that this run made, or the one that the configuration names."""
-    start = models.policy_source(config, run)
+    start, anchor = models.policy_source(config, run), models.reference_source(config, run)
     made = run.model("policy")
+    source = str(made) if made.is_dir() else start
     tokenizer = models.load_tokenizer(start, config)
-    reference = models.frozen(models.load_policy(start, config))
-    policy = models.frozen(models.load_policy(str(made), config)) if made.is_dir() else reference
+    reference = models.frozen(models.load_policy(anchor, config))
+    policy = reference
+    if source != anchor:
+        policy = models.frozen(models.load_policy(source, config))
     engine = make_engine(config, tokenizer)
     engine.sync(policy)
     scorer = Scorer(config, tokenizer, *models.load_scoring_model(config, run))
     metrics, samples = Evaluator(config, tokenizer, engine, scorer, reference)(policy)
-    name = "policy" if made.is_dir() else "sft"
+    name = "policy" if made.is_dir() else models.start_name(config)
     log = MetricsLog(run, ("eval_only",), 0, config.trainer.log)
     log.write("eval_only", 0, metrics, policy=name)
     log.write_samples("eval_only", 0, few_of_each_domain(samples, config.eval.final_samples))

@@ -356,6 +356,11 @@ def reference_source(config, run) -> str:
     return config.model.reference or policy_source(config, run)
 
 
+def start_name(config) -> str:
+    """What evaluations call a policy that PPO has not touched."""
+    return "start" if config.model.reference else "sft"
+
+
 def reward_source(config, run) -> str:
     return config.model.reward or made_by("rm", run)
 

@@ -66,7 +66,8 @@ def train(config, run: RunFolder, resume: bool = False) -> None:
         if t.state.step == 0:
             t.engine.sync(t.policy, 0)
             metrics, _ = t.evaluator(t.policy)
-            log.write("eval", 0, metrics, policy="start" if config.model.reference else "sft")
+            t.engine.rest()
+            log.write("eval", 0, metrics, policy=models.start_name(config))
         while t.state.step < config.ppo.steps:
             with profiled(config, run, "ppo", t.state.step + 1):
                 metrics = iteration(t, t.state.step)
@@ -77,6 +78,7 @@ def train(config, run: RunFolder, resume: bool = False) -> None:
             if last or (config.eval.every and t.state.step % config.eval.every == 0):
                 t.engine.sync(t.policy, t.state.step)
                 evaluation, samples = t.evaluator(t.policy, t.critic, t.groups)
+                t.engine.rest()
                 log.write("eval", t.state.step, evaluation, policy="policy")
                 few = few_of_each_domain(samples, config.eval.final_samples)
                 log.write_samples("eval", t.state.step, samples if last else few)

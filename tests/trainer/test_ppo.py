@@ -12,9 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.trainer import tiny
-from trainer import experience, ppo
+from trainer import evaluate, experience, ppo
 from trainer.metrics import RunFolder, final_table, read_lines
 from trainer.rollout import LogprobMismatch
+from trainer.rollout.hf import HuggingFaceEngine
 
 METRICS = {
     "objective/scores objective/rlhf_reward objective/kl objective/kl_coef objective/entropy",
@@ -376,3 +377,44 @@ def test_tensorboard_gets_every_figure(fresh):
     config, run = fresh("ppo.steps=1", "trainer.log=[tensorboard]")
     ppo.run(config, run)
     assert list((run.path / "tensorboard").glob("events.*"))
+
+
+def test_the_engine_rests_whenever_something_is_trained(fresh, monkeypatch):
+    """After an evaluation, too: what it holds on to is memory that an update may need."""
+    calls = []
+
+    def told(cls, name):
+        right = getattr(cls, name)
+
+        def method(self, *args, **kwargs):
+            calls.append(name)
+            return right(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, name, method)
+
+    for name in ("sync", "generate", "rest"):
+        told(HuggingFaceEngine, name)
+    told(ppo.Optimizer, "step")
+    config, run = fresh()
+    ppo.run(config, run)
+    assert {"sync", "generate", "rest", "step"} <= set(calls)
+    awake = False
+    for name in calls:
+        awake = name == "sync" or (awake and name != "rest")
+        assert awake if name == "generate" else not (awake and name == "step"), calls
+    assert not awake
+
+
+def test_an_evaluation_by_itself_measures_kl_to_the_reference(fresh, base, plain_run):
+    """As the evaluations in training do, where a round of MetaRM starts from another policy."""
+    moved = [f"model.policy={plain_run.model('policy')}", "run.stages=[ppo]"]
+    kl = {}
+    for reference in (base.model("sft"), plain_run.model("policy")):
+        config, run = fresh(*moved, f"model.reference={reference}")
+        evaluate.run(config, run)
+        [line] = [line for line in read_lines(run.metrics) if line["stage"] == "eval_only"]
+        assert line["policy"] == "start"
+        kl[reference.name] = line["eval/kl"]
+    trained = [line for line in read_lines(plain_run.metrics) if line["stage"] == "eval"][-1]
+    assert kl["sft"] == pytest.approx(trained["eval/kl"], rel=1e-3)
+    assert kl["policy"] == pytest.approx(0, abs=1e-5)
