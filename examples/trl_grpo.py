@@ -39,7 +39,7 @@ def main(steps: int = 3) -> list[dict]:
             logging_steps=1, report_to=[], save_strategy="no", model_init_kwargs={},
         )  # fmt: skip
         trainer = GroupInvariantGRPOTrainer(  # instead of GRPOTrainer(
-            invariance=GroupInvariance(beta=0.25, kl_floor=0.1),  # without this line: TRL's method
+            invariance=GroupInvariance(beta=0.25, kl_floor=0.5),  # without this line: TRL's method
             model=folder,
             reward_funcs=reward,
             args=args,

@@ -43,8 +43,9 @@ class GroupInvariance:
     """Which variance: mass, uniform or one_sided."""
     clamp: tuple[float, float] = (0.0, 5.0)
     """Bounds of a weight, so that no group is actively unlearned."""
-    kl_floor: float = 0.1
-    """Share of the KL coefficient that groups below the easiest keep; 1 is off."""
+    kl_floor: float = 0.5
+    """Share of the KL coefficient that groups below the easiest keep; 1 is off. Much lower, and the
+    policy exploits the reward model where that is weakest (docs/evidence.md)."""
     min_size: int = 1
     """Least number of prompts in a group."""
 
