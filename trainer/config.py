@@ -595,6 +595,11 @@ class Groups:
     def has_head(self) -> bool:
         return self.inference in ("exact", "adversarial")
 
+    @property
+    def compared(self) -> str:
+        """performance; plain PPO compares no prompts, and asks for no reference answers."""
+        return self.performance if self.active else "raw"
+
     def __post_init__(self) -> None:
         _want(2 <= self.num_groups <= 64, "groups.num_groups", self.num_groups, "2 to 64")
         _want(

@@ -125,7 +125,7 @@ def iteration(t: Setup, step: int) -> dict[str, float]:
         t.normaliser.observe(raw["total"])
         scores = t.normaliser(raw["total"])
         returns = performance(
-            config.groups.performance,
+            config.groups.compared,
             scores,
             raw["total"],
             t.reference_scores.of(chosen, samples),
@@ -425,7 +425,7 @@ class ReferenceScores:
 
     def __init__(self, config, prompts: int) -> None:
         groups = config.groups
-        self.asked = groups.active and groups.performance in ("over_reference", "quantile")
+        self.asked = groups.compared in ("over_reference", "quantile")
         shape = (prompts, groups.reference_answers) if self.asked else (0, 0)
         self.scores = torch.full(shape, torch.nan, device=parallel.device())  # (prompts, k)
 

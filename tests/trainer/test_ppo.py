@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.trainer import tiny
 from trainer import evaluate, experience, ppo
+from trainer.config import load, packaged
 from trainer.metrics import RunFolder, final_table, read_lines
 from trainer.rollout import LogprobMismatch
 from trainer.rollout.hf import HuggingFaceEngine
@@ -162,6 +163,8 @@ def test_inference_none_is_plain_ppo_whatever_else_is_set(fresh):
     assert plain == comparable(
         ran(fresh, "groups.inference=none", "groups.beta=7", "kl.adaptive=false")
     )
+    for how in ("over_reference", "quantile"):
+        assert plain == comparable(ran(fresh, "groups.inference=none", f"groups.performance={how}"))
     # groups that nothing looks at change nothing
     assert plain == comparable(
         ran(fresh, "groups.inference=random", "groups.focus=0", "kl.adaptive=false")
@@ -205,6 +208,17 @@ def test_every_switch_runs(fresh, overrides):
     for line in done:
         assert not [k for k, v in line.items() if v is None], line
         assert line["policy/grad_norm"] > 0
+
+
+@pytest.mark.parametrize("method", ["group-invariant", "plain"])
+@pytest.mark.parametrize("name", [name for name in packaged() if name != "toy"])
+def test_the_method_of_every_packaged_configuration_runs(fresh, name, method):
+    """Its groups, KL and reward settings, and plain PPO with them, on the tiny model."""
+    theirs = load(name, ["groups.inference=none"] if method == "plain" else [])
+    config, run = fresh("ppo.steps=2", "eval.every=0", "ppo.samples_per_prompt=4")
+    parts = {part: getattr(theirs, part) for part in ("groups", "kl", "reward")}
+    ppo.run(dataclasses.replace(config, **parts), run)
+    assert [line["step"] for line in lines(run)] == [1, 2]
 
 
 # --- which prompts a step takes ---
