@@ -3,6 +3,7 @@ is taken for a result, and a killed study goes on."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -453,3 +454,29 @@ def test_a_killed_study_goes_on_and_a_failed_arm_does_not_stop_the_others(tmp_pa
 
     again, errors = start(folder).communicate()
     assert again.startswith("3 of 3 results are there") and "[3/3]" not in again, errors
+
+
+# --- what is told of it ---------------------------------------------------------------------------
+
+
+def test_every_interval_in_the_documents_stands_in_a_result_file():
+    """A difference is quoted with its interval, and a quoted one is not older than the results."""
+    root = Path(__file__).parents[2]
+    results = "\n".join(path.read_text() for path in (root / "bench" / "results").glob("*.md"))
+    difference = re.compile(r"([+-]?\d\.\d+) \[([+-]\d\.\d+), ([+-]\d\.\d+)\]")
+
+    def size(text):
+        return text.lstrip("+-"), text.startswith("-") and float(text) != 0
+
+    def turned(mean, low, high):  # b less a, for a less b
+        return tuple(
+            (digits, not minus and float(digits) != 0) for digits, minus in (mean, high, low)
+        )
+
+    found = {tuple(map(size, each.groups())) for each in difference.finditer(results)}
+    found |= {turned(*each) for each in found}
+    for name in ("README.md", "docs/evidence.md"):
+        quoted = list(difference.finditer((root / name).read_text()))
+        assert len(quoted) > 5, f"{name} quotes no differences: has their form changed?"
+        for each in quoted:
+            assert tuple(map(size, each.groups())) in found, f"{name}: {each.group()}"
