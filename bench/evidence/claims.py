@@ -238,6 +238,8 @@ GROUPS: tuple[Claim, ...] = (
            "over_reference"),
     *_both("With pairs alone: over reference is better than raw", "ours", "above",
            "unrated/default", "unrated/raw"),
+    *_both("With pairs alone: better than without adaptive KL", "ours", "above",
+           "unrated/default", "unrated/one_coef"),
 )  # fmt: skip
 
 ELSEWHERE: tuple[Claim, ...] = (

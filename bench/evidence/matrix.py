@@ -199,6 +199,13 @@ _UNRATED = (
         ("groups.performance=over_reference",),
         world="unrated",
     ),
+    _fixed(
+        "unrated/one_coef",
+        "over reference without adaptive KL, at its mean, pairs alone",
+        "groups.performance=over_reference",
+        source="unrated/default",
+        world="unrated",
+    ),
     *(
         Arm(f"unrated/{how}", f"{how}, pairs alone", (f"groups.performance={how}",), "unrated")
         for how in ("raw", "quantile")
