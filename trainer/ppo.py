@@ -64,9 +64,7 @@ def train(config, run: RunFolder, resume: bool = False) -> None:
         progress("ppo", config.ppo.steps, t.state.step, config.trainer.progress) as show,
     ):
         if t.state.step == 0:
-            t.engine.sync(t.policy, 0)
-            metrics, _ = t.evaluator(t.policy)
-            t.engine.rest()
+            metrics, _ = evaluated(t)
             log.write("eval", 0, metrics, policy=models.start_name(config))
         while t.state.step < config.ppo.steps:
             with profiled(config, run, "ppo", t.state.step + 1):
@@ -76,9 +74,7 @@ def train(config, run: RunFolder, resume: bool = False) -> None:
             show(headline(metrics))
             last = t.state.step == config.ppo.steps
             if last or (config.eval.every and t.state.step % config.eval.every == 0):
-                t.engine.sync(t.policy, t.state.step)
-                evaluation, samples = t.evaluator(t.policy, t.critic, t.groups)
-                t.engine.rest()
+                evaluation, samples = evaluated(t, t.critic, t.groups)
                 log.write("eval", t.state.step, evaluation, policy="policy")
                 few = few_of_each_domain(samples, config.eval.final_samples)
                 log.write_samples("eval", t.state.step, samples if last else few)
@@ -86,6 +82,14 @@ def train(config, run: RunFolder, resume: bool = False) -> None:
             checkpoints.after_step(log, metrics, t.guard)
         t.policy.save(run.model("policy"), t.tokenizer)
         checkpoints.end()
+
+
+def evaluated(t: Setup, *groups: object) -> tuple[dict[str, float], list[dict]]:
+    """The policy as it is, by the evaluator; with critic and groups also by group."""
+    t.engine.sync(t.policy, t.state.step)
+    out = t.evaluator(t.policy, *groups)
+    t.engine.rest()
+    return out
 
 
 def iteration(t: Setup, step: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -193,9 +193,11 @@ class Runs:
         there = self.figures.get(arm, {})
         return {seed: each[measure] for seed, each in there.items() if measure in each}
 
-    def mean(self, arm: str, measure: str) -> float | None:
+    def mean(self, arm: str, measure: str, seeds: Collection[int] | None = None) -> float | None:
+        """Over these seeds, None where the arm has not all of them; or over all that it has."""
         values = self.values(arm, measure)
-        return _mean(list(values.values())) if values else None
+        over = values.keys() if seeds is None else set(seeds)
+        return _mean([values[seed] for seed in over]) if over and over <= values.keys() else None
 
     def paired(self, ours: str, theirs: str, measure: str) -> Interval | None:
         """ours - theirs over the seeds that both have."""
@@ -214,12 +216,7 @@ class Runs:
 
     def best_ppo(self, world: str, measure: str, seeds: Sequence[int]) -> str:
         """By its mean over these seeds, which every coefficient has."""
-
-        def score(name: str) -> float:
-            values = self.values(name, measure)
-            return _mean([values[seed] for seed in seeds])
-
-        return max(self.candidates(world), key=score)
+        return max(self.candidates(world), key=lambda name: self.mean(name, measure, seeds))
 
     def candidates(self, world: str) -> list[str]:
         """For PPO's best: every coefficient above 0. Without a penalty it falls far below the SFT

@@ -426,10 +426,6 @@ def _frontier(runs: Runs) -> Figure | None:
     if not seeds:
         return None
 
-    def mean(arm: str, measure: str) -> float | None:
-        values = runs.values(arm, measure)
-        return sum(values[seed] for seed in seeds) / len(seeds) if seeds <= set(values) else None
-
     figure = Figure(figsize=(9.6, 6.4))
     for place, (x, y) in enumerate(
         (
@@ -443,13 +439,12 @@ def _frontier(runs: Runs) -> Figure | None:
         axes = figure.add_subplot(2, 2, place)
         axes.set_xlabel(MEASURES[x].title)
         axes.set_title(MEASURES[y].title)
-        points = sorted((mean(arm, x), mean(arm, y)) for arm in sweep)
+        points = sorted((runs.mean(arm, x, seeds), runs.mean(arm, y, seeds)) for arm in sweep)
         axes.plot(*zip(*points), color=RUN_COLOURS[1], marker="o", label="PPO, each coefficient")
         for arm, colour in beside.items():
-            if (at := mean(arm, x)) is not None:
-                axes.scatter(
-                    [at], [mean(arm, y)], color=colour, s=60, zorder=3, label=ARMS[arm].title
-                )
+            if (at := runs.mean(arm, x, seeds)) is not None:
+                height = runs.mean(arm, y, seeds)
+                axes.scatter([at], [height], color=colour, s=60, zorder=3, label=ARMS[arm].title)
     handles, labels = figure.axes[2].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
@@ -482,11 +477,9 @@ def _forest(runs: Runs) -> Figure | None:
         axes.plot([seen.low, seen.high], [place, place], color=RUN_COLOURS[1], linewidth=2)
         axes.scatter([seen.mean], [place], color=RUN_COLOURS[0], s=22, zorder=3)
         if abs(seen.mean) > EDGE:
-            beyond, side = (
-                math.copysign(0.98 * EDGE, seen.mean),
-                "left" if seen.mean < 0 else "right",
-            )
-            axes.text(beyond, place, f"{seen.mean:+.2f}", ha=side, va="center", fontsize=8)
+            side = "left" if seen.mean < 0 else "right"
+            edge = math.copysign(0.98 * EDGE, seen.mean)
+            axes.text(edge, place, f"{seen.mean:+.2f}", ha=side, va="center", fontsize=8)
     axes.set_xlim(-EDGE, EDGE)
     axes.axvline(0, color="#999", linewidth=1)
     axes.set_yticks(list(places), [name for name, _ in rows])
