@@ -60,23 +60,24 @@ def make(folder: str) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from trainer.config import load
-    from trainer.toy import World
+    from trainer.worlds.toy import World
 
     Qwen2ForCausalLM(Qwen2Config(**SHAPE)).save_pretrained(folder)
     World(load("toy").toy).tokenizer().save_pretrained(folder)
 
 
 def step(folder: str, output: str) -> None:
-    from trainer import plan, ppo
+    from trainer.cli import plan
     from trainer.config import load
-    from trainer.metrics import RunFolder
+    from trainer.ppo import loop
+    from trainer.runs.folder import RunFolder
 
     config = load("toy", [*SETTINGS, f"model.policy={folder}", f"run.output={output}"])
     checked = plan.check(config, ("ppo",))
     parts = plan.memory(config, "ppo", checked.policy, checked.policy, 1)
-    t = ppo.Setup.of(config, RunFolder(output))
+    t = loop.Setup.of(config, RunFolder(output))
     began = time.perf_counter()
-    metrics = ppo.iteration(t, 0)
+    metrics = loop.iteration(t, 0)
     seconds = time.perf_counter() - began
     assert metrics["policy/grad_norm"] > 0 and metrics["guard/skipped"] == 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

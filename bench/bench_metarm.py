@@ -30,11 +30,15 @@ import numpy as np
 import torch
 
 import gikernels
-from trainer import metarm, models, ppo, reward, sft
+from trainer.batch.types import Pair
 from trainer.config import load
-from trainer.metrics import Averages, RunFolder, read_lines
-from trainer.optim import Optimizer
-from trainer.toy import World
+from trainer.models import loading
+from trainer.runs.averages import Averages
+from trainer.runs.folder import RunFolder
+from trainer.runs.log import read_lines
+from trainer.runs.optim import Optimizer
+from trainer.stages import metarm, policy, reward_model, sft
+from trainer.worlds.toy import World
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (1, 2, 3, 4, 5)  # of run and world; 100 to 109 were for choosing settings
@@ -98,7 +102,7 @@ def one_seed(folder: Path, seed: int, variants: list[str], rounds: int, extra: l
     torch.set_num_threads(1)
     base = RunFolder(folder / str(seed) / "base")
     config = setting(base, seed, rounds, extra)
-    for stage in (sft, reward, ppo):
+    for stage in (sft, reward_model, policy):
         stage.run(config, base, resume=True)
     for name in variants:
         run = RunFolder(folder / str(seed) / name)
@@ -337,7 +341,7 @@ def cost(folder: Path, repeats: int = 12) -> dict:
     world = World(config.toy)
     make_toy(config, folder)
     pairs = [
-        reward.Pair(
+        Pair(
             prompt_ids=p.ids,
             chosen_ids=[*world.answer(p.ids), 1],
             rejected_ids=[*p.ids[2:-1], 4, 1],
@@ -346,8 +350,8 @@ def cost(folder: Path, repeats: int = 12) -> dict:
         )
         for p in world.prompts(config.rm.batch)
     ]
-    both = reward.both_answers(pairs, 0)
-    answers = reward.both_answers(pairs, 0)  # as many sequences, in two answers a prompt
+    both = reward_model.both_answers(pairs, 0)
+    answers = reward_model.both_answers(pairs, 0)  # as many sequences, in two answers a prompt
     out: dict[str, dict] = {}
     steps = {}
     for variant in VARIANTS:
@@ -379,13 +383,13 @@ def make_toy(config, folder: Path) -> None:
 def made(config, folder: Path, pairs, both, answers):
     """A step of the optimiser as a function."""
     tokenizer = World(config.toy).tokenizer()
-    model = models.load_reward_model(str(folder / "toy"), config, "pooled", tokenizer).train()
+    model = loading.load_reward_model(str(folder / "toy"), config, "pooled", tokenizer).train()
     optimizer = Optimizer([(1e-5, model.parameters())])
 
     def step() -> None:
         averages = Averages()
         if answers is None:
-            reward.backward(config, model, pairs, both, averages)
+            reward_model.backward(config, model, pairs, both, averages)
         else:
             metarm.meta_step(config, model, pairs, both, answers, averages)
         optimizer.step(0)
@@ -396,7 +400,7 @@ def made(config, folder: Path, pairs, both, answers):
 def memory(config, folder: Path) -> dict[str, float]:
     """In copies of the parameters: tensors that live before the ascent and inside it."""
     tokenizer = World(config.toy).tokenizer()
-    model = models.load_reward_model(str(folder / "toy"), config, "pooled", tokenizer).train()
+    model = loading.load_reward_model(str(folder / "toy"), config, "pooled", tokenizer).train()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     plain = live_bytes()  # weights, before a backward
     for p in model.parameters():

@@ -13,9 +13,9 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from trainer import attention
-from trainer.batching import Sequences, micro_batches
-from trainer.models import Policy
+from trainer.batch.sequences import Sequences, micro_batches
+from trainer.models import packing
+from trainer.models.policy import Policy
 
 
 def main(hidden: int = 256, layers: int = 4) -> None:
@@ -55,12 +55,12 @@ def main(hidden: int = 256, layers: int = 4) -> None:
     for _ in range(6):
         for name, pieces in ways.items():
             if name == "packed":
-                attention.use_packed(model)
+                packing.use_packed(model)
             else:
                 model.set_attn_implementation("sdpa")
             seconds[name].append(run(pieces))
     padding = len(lengths) * max(lengths) / tokens
-    which = attention.kernel(device, next(model.parameters()).dtype)
+    which = packing.kernel(device, next(model.parameters()).dtype)
     print(f"{device}, {tokens} tokens in {len(lengths)} sequences, padded to {padding:.2f} times")
     first = statistics.median(seconds["padded"][1:])
     for name, all_seconds in seconds.items():

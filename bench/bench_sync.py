@@ -18,11 +18,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from bench.bench_memory import SHAPE
 from bench.memory import CLEAR, resident
-from trainer import models, parallel
+from trainer import parallel
 from trainer.config import load
-from trainer.experience import check_engine
-from trainer.rollout import make_engine
-from trainer.toy import World
+from trainer.models import policy
+from trainer.ppo.forward import check_engine
+from trainer.rollout.make import make_engine
+from trainer.worlds.toy import World
 
 ROUNDS = 5
 BUCKET = 64  # MiB; the embeddings alone are 260 (bfloat16)
@@ -39,7 +40,7 @@ def main(dtype: str = "bfloat16") -> int:
         ],
     )
     torch.manual_seed(0)
-    policy = models.Policy(Qwen2ForCausalLM(Qwen2Config(**SHAPE))).eval()
+    policy = policy.Policy(Qwen2ForCausalLM(Qwen2Config(**SHAPE))).eval()
     policy = parallel.place(policy, config)
     engine = make_engine(config, World(config.toy).tokenizer())
     engine.sync(policy)  # starts it

@@ -24,10 +24,12 @@ from pathlib import Path
 
 import torch
 
-from trainer import parallel, ppo, sft
+from trainer import parallel
 from trainer.config import load
-from trainer.metrics import RunFolder
-from trainer.toy import World
+from trainer.ppo import loop
+from trainer.runs.folder import RunFolder
+from trainer.stages import sft
+from trainer.worlds.toy import World
 
 PROMPTS, SAMPLES, LIMIT = 32, 4, 12
 LEARNING_RATE, KL = 1e-6, 0.04  # so small that the models, and with them the lengths, stay alike
@@ -68,11 +70,11 @@ def setting(folder: Path, updates: int, *overrides: str):
 class Ours:
     def __init__(self, name: str, config) -> None:
         self.name, self.seconds, self.tokens, self.step = name, [], [], 0
-        self.setup = ppo.Setup.of(config, RunFolder(config.run.output))
+        self.setup = loop.Setup.of(config, RunFolder(config.run.output))
 
     def __call__(self) -> None:
         began = time.perf_counter()
-        metrics = ppo.iteration(self.setup, self.step)
+        metrics = loop.iteration(self.setup, self.step)
         self.seconds.append(time.perf_counter() - began)
         self.tokens.append(metrics["perf/tokens_per_second"] * metrics["perf/step_seconds"])
         self.step += 1

@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _tell(str(error))
             return getattr(error, "code", 2)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from trainer import faults
+            from trainer.runs import faults
 
             if lost := faults.lost_rank(error):
                 print(f"gi: {lost}", file=sys.stderr)
@@ -105,7 +105,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace) -> int:
     if args.command == "doctor":
-        from trainer import doctor
+        from trainer.cli import doctor
 
         return doctor.show()
     if args.command == "keys":
@@ -122,7 +122,8 @@ def _run(args: argparse.Namespace) -> int:
     resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     _refuse_what_is_missing(config, stages, resume)
 
-    from trainer import parallel, plan
+    from trainer import parallel
+    from trainer.cli import plan
 
     parallel.start()
     checked = plan.check(config, stages, dry_run=args.dry_run)
@@ -162,10 +163,12 @@ def _check_folder(config: Config, command: str, resume: bool) -> None:
 
 
 def _execute(config: Config, command: str, stages: Sequence[str], resume: bool) -> None:
-    import importlib
-
-    from trainer import checkpoint, metarm, models, parallel
-    from trainer.metrics import RunFolder, say
+    from trainer import parallel
+    from trainer.models import loading
+    from trainer.runs import checkpoint
+    from trainer.runs.console import say
+    from trainer.runs.folder import RunFolder
+    from trainer.stages import metarm, registry
 
     if config.run.threads:
         import torch
@@ -184,10 +187,9 @@ def _execute(config: Config, command: str, stages: Sequence[str], resume: bool) 
         metarm.undo(run)
         for stage in stages:  # else --resume would take an earlier run's stages for this one's
             checkpoint.forget(run, stage)
-    say(f"on {parallel.describe()}, {models.describe_attention(config)}")
-    modules = {"rm": "reward", "eval": "evaluate"}
+    say(f"on {parallel.describe()}, {loading.describe_attention(config)}")
     for stage in stages:
-        importlib.import_module(f"trainer.{modules.get(stage, stage)}").run(config, run, resume)
+        registry.RUN[stage](config, run, resume)
     if command == "train" and parallel.is_main():
         from trainer import report
 

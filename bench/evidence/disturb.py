@@ -44,7 +44,7 @@ def apply(disturbances: Mapping[str, float]) -> None:
 
 def wrong_group(share: float) -> None:
     """This share of prompts is always taken for the opposite: hard for easy, easy for hard."""
-    from trainer.invariance import Groups
+    from trainer.ppo.groups import Groups
 
     right = Groups.probs
 
@@ -58,7 +58,7 @@ def wrong_group(share: float) -> None:
 
 def wrong_label(share: float) -> None:
     """This share of the labels that the head learns from is another group's, drawn anew."""
-    from trainer.invariance import Groups
+    from trainer.ppo.groups import Groups
 
     right = Groups.labels
     draws = np.random.default_rng(0)

@@ -144,7 +144,7 @@ def _digest(texts: Sequence[str]) -> str:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    from trainer.metrics import read_lines
+    from trainer.runs.log import read_lines
 
     return list(read_lines(path)) if path.is_file() else []
 

@@ -341,7 +341,7 @@ def test_disturbed_rewards_are_functions_of_the_answer():
 def test_wrong_groups_and_labels(monkeypatch):
     from types import SimpleNamespace
 
-    from trainer.invariance import Groups
+    from trainer.ppo.groups import Groups
 
     for name in ("probs", "labels"):  # put back what the disturbances replace
         monkeypatch.setattr(Groups, name, getattr(Groups, name))

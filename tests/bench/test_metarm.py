@@ -7,7 +7,7 @@ import pytest
 
 from bench import bench_metarm
 from trainer.config import load
-from trainer.metrics import RunFolder
+from trainer.runs.folder import RunFolder
 
 
 def test_taste_is_gold_and_a_liking_for_flourishes(tmp_path):

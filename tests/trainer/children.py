@@ -7,7 +7,7 @@ import socket
 import time
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["tests.trainer.test_checkpoint", "trainer.ppo", "trainer.reward"])
+context.set_forkserver_preload(["tests.trainer.test_checkpoint", "trainer.stages.registry"])
 
 
 def start(function, *arguments):
@@ -44,7 +44,7 @@ def _run(function, *arguments):
 def kill_at(stage, step, number=signal.SIGKILL, rank=0):
     """This process gets a signal, of kill -9, when this line of metrics.jsonl has been written."""
     from trainer import parallel
-    from trainer.metrics import MetricsLog
+    from trainer.runs.log import MetricsLog
 
     write = MetricsLog.write
 
@@ -58,17 +58,16 @@ def kill_at(stage, step, number=signal.SIGKILL, rank=0):
 
 def train(overrides, output, stages, resume=False, kill=None):
     """The stages one after another, as `gi train` runs them."""
-    import importlib
-
     from tests.trainer import tiny
-    from trainer.metrics import RunFolder
+    from trainer.runs.folder import RunFolder
+    from trainer.stages import registry
 
     if kill:
         kill_at(*kill)
     run = RunFolder(output)
     config = tiny.config(output, *overrides)
     for stage in stages:
-        importlib.import_module(f"trainer.{stage}").run(config, run, resume)
+        registry.RUN[stage](config, run, resume)
 
 
 def ranks(count, function, *arguments):

@@ -3,8 +3,8 @@ import shutil
 import pytest
 
 from tests.trainer import tiny
-from trainer import reward, sft
-from trainer.metrics import RunFolder
+from trainer.runs.folder import RunFolder
+from trainer.stages import reward_model, sft
 
 
 @pytest.fixture(scope="session")
@@ -13,7 +13,7 @@ def base(tmp_path_factory):
     run = RunFolder(tmp_path_factory.mktemp("base"))
     config = tiny.config(run.path)
     sft.run(config, run)
-    reward.run(config, run)
+    reward_model.run(config, run)
     return run
 
 

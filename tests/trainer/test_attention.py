@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
-from trainer import attention
-from trainer.batching import Sequences
-from trainer.models import Policy
+from trainer.batch.sequences import Sequences
+from trainer.models import packing
+from trainer.models.policy import Policy
 
 SIZES = {
     "vocab_size": 40,
@@ -40,7 +40,7 @@ def test_log_probabilities_and_gradients(name, checkpointing):
         model.gradient_checkpointing_enable()
     for packed in (False, True):
         if packed:
-            assert attention.use_packed(model)
+            assert packing.use_packed(model)
         stats = policy(sequences)
         policy.zero_grad()
         (stats.logprobs.square().sum() + stats.entropy.sum()).backward()
@@ -56,7 +56,7 @@ def test_float32_log_probabilities_and_no_leak_between_neighbours():
     model = AutoModelForCausalLM.from_config(MODELS["llama"], attn_implementation="sdpa")
     policy, sequences = Policy(model), ragged()
     want = policy(sequences).logprobs
-    attention.use_packed(model)
+    packing.use_packed(model)
     torch.testing.assert_close(policy(sequences).logprobs, want, atol=1e-5, rtol=0)
     one = sequences.rows(torch.tensor([4]))
     alone = policy(one).logprobs[0]
@@ -71,11 +71,11 @@ def test_sampling_with_a_cache_is_as_before(tmp_path):
         "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
     }
     want = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    attention.use_packed(model)
+    packing.use_packed(model)
     assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False), want)
     model.save_pretrained(tmp_path)  # the name is no part of a saved model
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert again.config._attn_implementation != attention.PACKED
+    assert again.config._attn_implementation != packing.PACKED
 
 
 @pytest.mark.gpu
@@ -87,5 +87,5 @@ def test_kernels_of_a_gpu(name):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     policy, sequences = Policy(model.cuda().bfloat16()), ragged(64)
     want = policy(sequences).logprobs
-    attention.use_packed(model)
+    packing.use_packed(model)
     torch.testing.assert_close(policy(sequences).logprobs, want, atol=5e-2, rtol=0)

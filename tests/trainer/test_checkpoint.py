@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.trainer import children, tiny
-from trainer.checkpoint import CheckpointError, Checkpoints, TrainState, steps_in
-from trainer.faults import Guard, Stopped
-from trainer.metrics import MetricsLog, RunFolder, read_lines
-from trainer.optim import Optimizer
+from trainer.runs.checkpoint import CheckpointError, Checkpoints, TrainState, steps_in
+from trainer.runs.faults import Guard, Stopped
+from trainer.runs.folder import RunFolder
+from trainer.runs.log import MetricsLog, read_lines
+from trainer.runs.optim import Optimizer
 
 SMALL = [
     "toy.layers=1",
@@ -31,7 +32,7 @@ SMALL = [
     "eval.samples_per_domain=4",
     "trainer.save_every=2",
 ]
-STAGES = ("sft", "reward", "ppo")
+STAGES = ("sft", "rm", "ppo")
 
 
 class Small:

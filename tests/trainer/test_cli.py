@@ -11,10 +11,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from tests.trainer import tiny
-from trainer import plan
 from trainer.__main__ import COMMANDS, main
+from trainer.cli import plan
 from trainer.config import load
-from trainer.toy import World
+from trainer.worlds.toy import World
 
 ROOT = Path(__file__).parents[2]
 TINY = [*tiny.SMALL, "sft.steps=2", "rm.steps=2", "ppo.steps=2", "run.threads=1"]

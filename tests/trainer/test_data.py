@@ -5,10 +5,11 @@ import json
 
 import pytest
 
-from trainer import data
+from trainer.batch.types import Pair
 from trainer.config import load
-from trainer.data import DataError, Pair
-from trainer.toy.world import EOS, WORDS, World
+from trainer.data import sources
+from trainer.data.errors import DataError
+from trainer.worlds.toy import EOS, WORDS, World
 
 TEMPLATE = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}assistant :"
 
@@ -50,15 +51,15 @@ def config(**sources):
 
 
 def prompts(tokenizer, path, **more):
-    return data.load_prompts(config(prompts=path, **more), "train", tokenizer)
+    return sources.load_prompts(config(prompts=path, **more), "train", tokenizer)
 
 
 def pairs(tokenizer, path, **more):
-    return data.load_pairs(config(pairs=path, **more), tokenizer)
+    return sources.load_pairs(config(pairs=path, **more), tokenizer)
 
 
 def demonstrations(tokenizer, path, **more):
-    return data.load_demonstrations(config(demonstrations=path, **more), tokenizer)
+    return sources.load_demonstrations(config(demonstrations=path, **more), tokenizer)
 
 
 def words(tokenizer, ids):
@@ -258,12 +259,12 @@ def test_demonstrations_of_messages(tokenizer, rows):
 def test_the_toy_world_through_the_same_door():
     tokenizer = World(load("toy").toy).tokenizer()
     settings = load("toy", ["eval.samples_per_domain=5", "toy.prompts=50", "toy.demonstrations=30"])
-    assert len(data.load_prompts(settings, "train", tokenizer)) == 50
-    assert len(data.load_prompts(settings, "eval", tokenizer)) == 5 * 4
-    assert len(data.load_prompts(settings, "ood", tokenizer)) == 5 * 3
-    assert len(data.load_demonstrations(settings, tokenizer)) == 30
+    assert len(sources.load_prompts(settings, "train", tokenizer)) == 50
+    assert len(sources.load_prompts(settings, "eval", tokenizer)) == 5 * 4
+    assert len(sources.load_prompts(settings, "ood", tokenizer)) == 5 * 3
+    assert len(sources.load_demonstrations(settings, tokenizer)) == 30
     none = load("toy", ["data.ood_prompts="])
-    assert data.load_prompts(none, "ood", tokenizer) == []
+    assert sources.load_prompts(none, "ood", tokenizer) == []
 
 
 def test_a_file_of_toy_prompts_is_the_same_as_the_world(rows):
@@ -357,7 +358,7 @@ def test_tokenizers_that_lack_something(rows):
 
 def test_answers_end_in_eos_once():
     tokenizer = World(load("toy").toy).tokenizer()
-    demonstration = data.load_demonstrations(load("toy", ["toy.demonstrations=5"]), tokenizer)
+    demonstration = sources.load_demonstrations(load("toy", ["toy.demonstrations=5"]), tokenizer)
     assert all(answer.index(EOS) == len(answer) - 1 for _, answer in demonstration)
     assert WORDS[EOS] == tokenizer.eos_token
     assert Pair(prompt_ids=[], chosen_ids=[], rejected_ids=[]).margin is None

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from tests.trainer import tiny
-from trainer import ppo, sft
-from trainer.checkpoint import steps_in
-from trainer.faults import Diverged, Guard
-from trainer.metrics import RunFolder, read_lines
-from trainer.optim import Optimizer
+from trainer.ppo import loop
+from trainer.runs.checkpoint import steps_in
+from trainer.runs.faults import Diverged, Guard
+from trainer.runs.folder import RunFolder
+from trainer.runs.log import read_lines
+from trainer.runs.optim import Optimizer
+from trainer.stages import sft
 
 
 @pytest.mark.parametrize("loss, grad", [(torch.nan, 1.0), (1.0, torch.inf), (torch.inf, torch.nan)])
@@ -59,15 +61,15 @@ class Broken:
 
 
 def broken(monkeypatch, config, run, steps):
-    of = ppo.Setup.of
+    of = loop.Setup.of
 
     def with_broken_rewards(*arguments):
         t = of(*arguments)
         t.scorer = Broken(t.scorer, steps)
         return t
 
-    monkeypatch.setattr(ppo.Setup, "of", with_broken_rewards)
-    ppo.run(config, run)
+    monkeypatch.setattr(loop.Setup, "of", with_broken_rewards)
+    loop.run(config, run)
 
 
 def test_a_reward_that_is_not_finite_costs_its_step_alone(fresh, monkeypatch):

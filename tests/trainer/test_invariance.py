@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import gikernels
 from tests.trainer import tiny
-from trainer.invariance import Groups, group_means, performance
+from trainer.ppo.groups import Groups, group_means, performance
 
 
 def prompts(n, domains=("copy", "sort", "reverse")):

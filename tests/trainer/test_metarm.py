@@ -8,11 +8,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from tests.trainer import children, tiny
-from trainer import baselines, metarm, models, parallel, ppo, reward
-from trainer.batching import Sequences
+from trainer import parallel
+from trainer.batch.sequences import Sequences
+from trainer.batch.types import Pair
 from trainer.config import load
-from trainer.data import Pair
-from trainer.metrics import Averages, RunFolder, read_lines
+from trainer.models import loading
+from trainer.ppo import loop
+from trainer.runs.averages import Averages
+from trainer.runs.folder import RunFolder
+from trainer.runs.log import read_lines
+from trainer.stages import baselines, metarm, reward_model
 
 SMALL = [
     "run.seed=100",
@@ -122,7 +127,7 @@ def gradient_by_hand(model, variant, pairs, answers, k, eta):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_is_the_formula_in_float64(variant, k):
     model, pairs, answers = Small(), some_pairs(7), some_answers(3, k)
-    both = reward.both_answers(pairs, 0)
+    both = reward_model.both_answers(pairs, 0)
     before = [p.detach().clone() for p in model.parameters()]
     want = gradient_by_hand(model, variant, pairs, answers, k, 0.3)
     averages = Averages()
@@ -139,7 +144,7 @@ def test_equal_rewards_pull_nowhere(variant):
     model, pairs, answers = Small(), some_pairs(4), some_answers(3, 3)
     same = Sequences(answers.tokens[:1].expand(9, -1), answers.prompt_lengths[:1].expand(9),
                      answers.lengths[:1].expand(9))  # fmt: skip
-    both = reward.both_answers(pairs, 0)
+    both = reward_model.both_answers(pairs, 0)
     metarm.meta_step(step_config(variant, 3), model, pairs, both, same, Averages())
     for p, gradient in zip(
         model.parameters(), gradient_by_hand(model, "none", pairs, same, 3, 0.3)
@@ -156,8 +161,8 @@ def test_a_crash_inside_the_ascent_restores_theta(monkeypatch):
         moved.extend(not torch.equal(p, b) for p, b in zip(model.parameters(), before))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reward, "backward", crash)
-    both = reward.both_answers(pairs, 0)
+    monkeypatch.setattr(reward_model, "backward", crash)
+    both = reward_model.both_answers(pairs, 0)
     with pytest.raises(KeyboardInterrupt):
         metarm.meta_step(step_config("literal", 3), model, pairs, both, answers, Averages())
     assert moved == [True, True]
@@ -167,10 +172,10 @@ def test_a_crash_inside_the_ascent_restores_theta(monkeypatch):
 def flat_gradient(config, folder, eta, variant="literal"):
     """Of one meta step of a real reward model, on pairs and answers made up."""
     config = config.override([f"metarm.step={eta!r}", f"metarm.variant={variant}"])
-    model = models.load_reward_model(str(folder), config)
+    model = loading.load_reward_model(str(folder), config)
     pairs, answers = some_pairs(7), some_answers(3, 5)
     before = [parallel.local(p).detach().clone() for p in model.parameters()]
-    both = reward.both_answers(pairs, 0)
+    both = reward_model.both_answers(pairs, 0)
     metarm.meta_step(config, model, pairs, both, answers, Averages())
     now = [parallel.local(p).detach() for p in model.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(now, before))
@@ -285,7 +290,7 @@ def test_a_round_goes_on_with_the_policy_and_holds_on_to_sft(unbroken):
     run = RunFolder(unbroken)
     t = metarm.Setup.of(tiny.config(unbroken, *SMALL), run)
     inner = metarm.round_config(t, 2)
-    made = ppo.Setup.of(inner, run.round(2))
+    made = loop.Setup.of(inner, run.round(2))
 
     def weights(path):
         return load_file(path / "model.safetensors")
@@ -338,7 +343,7 @@ def test_figures_by_hand(unbroken, monkeypatch):
     of_answers = torch.tensor([3.0, 1.0, 3.0, 0.0, 4.0, 0.0])
     held_out = torch.cat([torch.full((len(t.held_out),), 2.0), torch.zeros(len(t.held_out))])
     given = iter([of_answers, held_out])
-    monkeypatch.setattr(reward, "scores", lambda *_: next(given))
+    monkeypatch.setattr(reward_model, "scores", lambda *_: next(given))
     _, figures = metarm.judge(t, RunFolder(unbroken), answers)
     # gaps of pairs that differ: 2, 2 | 4, 0, 4; by gold: right, right | equal, a tie, right
     assert figures["scale"] == 2 and figures["pair_accuracy"] == 1

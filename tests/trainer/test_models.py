@@ -5,10 +5,11 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from tests.trainer import tiny
-from trainer import models
-from trainer.batching import Sequences, batch_indices, forward_all, micro_batches, minibatches
-from trainer.invariance import Groups
-from trainer.optim import Optimizer
+from trainer.batch.order import batch_indices, minibatches
+from trainer.batch.sequences import Sequences, forward_all, micro_batches
+from trainer.models import loading, states
+from trainer.ppo.groups import Groups
+from trainer.runs.optim import Optimizer
 
 SEQUENCES = Sequences.of(
     [[5, 6, 11, 12, 3], [5, 7, 11, 3], [8, 5, 11, 12, 13, 3]],
@@ -19,8 +20,8 @@ SEQUENCES = Sequences.of(
 
 def test_policy_logprobs_entropy_and_exact_kl(base):
     config = tiny.config("unused")
-    policy = models.load_policy(str(base.model("sft")), config)
-    other = models.load_policy("toy", config)
+    policy = loading.load_policy(str(base.model("sft")), config)
+    other = loading.load_policy("toy", config)
     stats = policy(SEQUENCES, 0.7, other)
     for i in range(3):
         start, end = int(SEQUENCES.prompt_lengths[i]), int(SEQUENCES.lengths[i])
@@ -38,8 +39,8 @@ def test_policy_logprobs_entropy_and_exact_kl(base):
 @pytest.mark.parametrize("head", ["last", "pooled"])
 def test_reward_head_is_saved_in_hugging_face_format(base, tmp_path, head):
     config = tiny.config("unused")
-    tokenizer = models.load_tokenizer("toy", config)
-    reward = models.load_reward_model(str(base.model("sft")), config, head, tokenizer)
+    tokenizer = loading.load_tokenizer("toy", config)
+    reward = loading.load_reward_model(str(base.model("sft")), config, head, tokenizer)
     scores = reward(SEQUENCES)
     for i in range(3):
         start, end = int(SEQUENCES.prompt_lengths[i]), int(SEQUENCES.lengths[i])
@@ -48,7 +49,7 @@ def test_reward_head_is_saved_in_hugging_face_format(base, tmp_path, head):
         want = each[-1] if head == "last" else each[start:].mean()
         torch.testing.assert_close(scores[i], want, atol=1e-5, rtol=1e-5)
     reward.save(tmp_path, tokenizer)
-    again = models.load_reward_model(str(tmp_path), config)  # knows its head by itself
+    again = loading.load_reward_model(str(tmp_path), config)  # knows its head by itself
     assert again.head == head
     torch.testing.assert_close(again(SEQUENCES), scores, rtol=0, atol=0)
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path)
@@ -59,9 +60,9 @@ def test_reward_head_is_saved_in_hugging_face_format(base, tmp_path, head):
 @pytest.mark.parametrize("on", ["prompt", "response"])
 def test_critic_reads_states_before_tokens_and_the_group_where_it_is_told(base, on):
     config = tiny.config("unused", f"groups.on={on}", "groups.focus=0")
-    policy = models.load_policy(str(base.model("sft")), config)
-    reward, _ = models.load_scoring_model(config, base)
-    critic = models.make_critic(config, base, policy, Groups(config, []))
+    policy = loading.load_policy(str(base.model("sft")), config)
+    reward, _ = loading.load_scoring_model(config, base)
+    critic = loading.make_critic(config, base, policy, Groups(config, []))
     torch.nn.init.normal_(critic.value_head.weight)
     values, groups = critic(SEQUENCES)
     for i in range(3):
@@ -79,9 +80,9 @@ def test_critic_reads_states_before_tokens_and_the_group_where_it_is_told(base, 
 
 def test_a_saved_folder_has_the_same_tokenizer(base):
     """AutoTokenizer takes a tokenizer's class from the model beside it, for some models."""
-    ours = models.load_tokenizer("toy", tiny.config("unused"))
+    ours = loading.load_tokenizer("toy", tiny.config("unused"))
     for name in ("sft", "rm"):
-        theirs = models.load_tokenizer(str(base.model(name)), tiny.config("unused"))
+        theirs = loading.load_tokenizer(str(base.model(name)), tiny.config("unused"))
         text = "copy reverse a b :"
         assert theirs(text)["input_ids"] == ours(text)["input_ids"] == [5, 6, 11, 12, 3]
         assert theirs.decode([5, 11]) == ours.decode([5, 11]) == "copy a"
@@ -134,7 +135,7 @@ def test_learning_rate():
 
 def test_shared_prompts_change_neither_values_nor_gradients(base):
     config = tiny.config("unused")
-    policy = models.load_policy(str(base.model("sft")), config).double()
+    policy = loading.load_policy(str(base.model("sft")), config).double()
     prompts = [[5, 6, 11, 12, 3], [5, 7, 11, 3], [8, 5, 11, 12, 13, 3]]
     answers = [[11, 12, 1], [1], [13, 12, 11, 4, 1], [12, 1]]
     rows = [(p, a) for p in prompts for a in answers]
@@ -164,8 +165,8 @@ def test_shared_prompts_change_neither_values_nor_gradients(base):
 
 def test_prompts_are_shared_where_the_cache_can_be_split(base):
     config = tiny.config("unused")
-    body = models.load_policy(str(base.model("sft")), config).model.base_model
-    assert models._keeps_plain_keys(body)
+    body = loading.load_policy(str(base.model("sft")), config).model.base_model
+    assert states._keeps_plain_keys(body)
     body.config.layer_types = ["sliding_attention", "full_attention"]
     body.config.sliding_window = 4
-    assert not models._keeps_plain_keys(body)
+    assert not states._keeps_plain_keys(body)

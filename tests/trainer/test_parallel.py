@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 
 from tests.trainer import children, tiny
 from tests.trainer.test_checkpoint import SMALL, assert_equal_runs, results
-from trainer import parallel, ppo
-from trainer.batching import shares
-from trainer.checkpoint import steps_in
-from trainer.faults import Guard
-from trainer.metrics import RunFolder, read_lines
-from trainer.optim import Optimizer
+from trainer import parallel
+from trainer.batch.sequences import shares
+from trainer.ppo import loop
+from trainer.runs.checkpoint import steps_in
+from trainer.runs.faults import Guard
+from trainer.runs.folder import RunFolder
+from trainer.runs.log import read_lines
+from trainer.runs.optim import Optimizer
 
 
 def test_shares_are_balanced_and_whole():
@@ -36,7 +38,7 @@ def gradients_of_an_iteration(models, output, overrides):
         shutil.copytree(models, run.path / "models")
     parallel.barrier()
     options = ["ppo.minibatches=1", "ppo.ppo_epochs=1", "ppo.entropy_coef=0.01", *overrides]
-    t = ppo.Setup.of(tiny.config(output, *options), run)
+    t = loop.Setup.of(tiny.config(output, *options), run)
     found = {}
 
     def keep(name, optimizer):
@@ -49,7 +51,7 @@ def gradients_of_an_iteration(models, output, overrides):
 
     t.policy_optimizer.step = keep("policy", t.policy_optimizer)
     t.critic_optimizer.step = keep("critic", t.critic_optimizer)
-    metrics = ppo.iteration(t, 0)
+    metrics = loop.iteration(t, 0)
     if parallel.is_main():
         torch.save((found, metrics), run.path / "found")
 
@@ -155,7 +157,7 @@ def test_torchrun_goes_on_from_the_newest_checkpoint_when_a_rank_dies(tmp_path):
 def test_killed_and_resumed_on_two_ranks_and_on_one(tmp_path):
     options = [*SMALL, "sft.steps=3", "rm.steps=3", "trainer.save_every=2"]
     whole, broken, fewer = (tmp_path / name for name in ("whole", "broken", "fewer"))
-    stages = ("sft", "reward", "ppo")
+    stages = ("sft", "rm", "ppo")
     assert children.run_ranks(2, children.train, options, whole, stages) == [0, 0]
     in_background = [*options, "trainer.async_save=true"]
     codes = children.run_ranks(2, children.train, in_background, broken, stages, False, ("ppo", 4))

@@ -12,11 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.trainer import tiny
-from trainer import evaluate, experience, ppo
 from trainer.config import load, packaged
-from trainer.metrics import RunFolder, final_table, read_lines
-from trainer.rollout import LogprobMismatch
+from trainer.ppo import experience, forward, loop
+from trainer.rollout.engine import LogprobMismatch
 from trainer.rollout.hf import HuggingFaceEngine
+from trainer.runs.folder import RunFolder
+from trainer.runs.log import read_lines
+from trainer.runs.optim import Optimizer
+from trainer.runs.table import final_table
+from trainer.stages import baselines, evaluate, policy
 
 METRICS = {
     "objective/scores objective/rlhf_reward objective/kl objective/kl_coef objective/entropy",
@@ -38,7 +42,7 @@ def lines(run, stage="ppo"):
 def plain_run(base, tmp_path_factory):
     run = RunFolder(tmp_path_factory.mktemp("plain"))
     shutil.copytree(base.path / "models", run.path / "models")
-    ppo.run(tiny.config(run.path), run)
+    loop.run(tiny.config(run.path), run)
     return run
 
 
@@ -82,17 +86,17 @@ def test_metrics_samples_and_models(plain_run):
 
 def test_two_runs_with_one_seed_are_equal(plain_run, fresh):
     config, run = fresh()
-    ppo.run(config, run)
+    policy.run(config, run)
     for stage in ("ppo", "eval"):
         assert json.dumps(lines(run, stage)) == json.dumps(lines(plain_run, stage))
     other, run2 = fresh("run.seed=101")
-    ppo.run(other, run2)
+    loop.run(other, run2)
     assert lines(run2) != lines(plain_run)
 
 
 def test_a_new_run_replaces_an_old_one(plain_run):
     before = lines(plain_run)
-    ppo.run(tiny.config(plain_run.path), plain_run)
+    loop.run(tiny.config(plain_run.path), plain_run)
     assert lines(plain_run) == before
 
 
@@ -111,7 +115,7 @@ def test_gradients_do_not_depend_on_the_micro_batches(fresh, monkeypatch, infere
             "ppo.ppo_epochs=1",
             "ppo.entropy_coef=0.01",
         )
-        t = ppo.Setup.of(config, run)
+        t = loop.Setup.of(config, run)
         for model in (t.policy, t.reference, t.critic, t.scorer.model):
             model.double()
         found = {}
@@ -125,7 +129,7 @@ def test_gradients_do_not_depend_on_the_micro_batches(fresh, monkeypatch, infere
 
         t.policy_optimizer.step = keep("policy", t.policy_optimizer)
         t.critic_optimizer.step = keep("critic", t.critic_optimizer)
-        metrics = ppo.iteration(t, 0)
+        metrics = loop.iteration(t, 0)
         return found, metrics
 
     whole, metrics = gradients(100000)
@@ -154,7 +158,7 @@ def comparable(run):
 
 def ran(fresh, *overrides):
     config, run = fresh(*overrides)
-    ppo.run(config, run)
+    policy.run(config, run)
     return run
 
 
@@ -217,7 +221,7 @@ def test_the_method_of_every_packaged_configuration_runs(fresh, name, method):
     theirs = load(name, ["groups.inference=none"] if method == "plain" else [])
     config, run = fresh("ppo.steps=2", "eval.every=0", "ppo.samples_per_prompt=4")
     parts = {part: getattr(theirs, part) for part in ("groups", "kl", "reward")}
-    ppo.run(dataclasses.replace(config, **parts), run)
+    loop.run(dataclasses.replace(config, **parts), run)
     assert [line["step"] for line in lines(run)] == [1, 2]
 
 
@@ -228,24 +232,24 @@ def test_rare_domains_are_drawn_as_often_as_frequent_ones(fresh):
     """With the true domains as groups; the prompts of the pool are what the others are."""
     options = ("groups.inference=oracle", "toy.prompts=4096", "ppo.critic_warmup_steps=2")
     config, run = fresh(*options, "groups.pool=8")
-    t = ppo.Setup.of(config, run)
-    domains = [t.prompts[i].domain for step in range(2, 22) for i in ppo.draw(t, step)]
-    assert ppo.draw(t, 7) == ppo.draw(t, 7) != ppo.draw(t, 8)
+    t = loop.Setup.of(config, run)
+    domains = [t.prompts[i].domain for step in range(2, 22) for i in loop.draw(t, step)]
+    assert loop.draw(t, 7) == loop.draw(t, 7) != loop.draw(t, 8)
     for name in config.toy.domains:
         assert 0.18 < domains.count(name) / len(domains) < 0.32, name
     # before the head has learnt anything, and without focus, prompts come by their shares
-    early = [t.prompts[i].domain for step in range(2) for i in ppo.draw(t, step)]
+    early = [t.prompts[i].domain for step in range(2) for i in loop.draw(t, step)]
     assert early.count("copy") > 0.45 * len(early)
     config, run = fresh(*options, "groups.focus=0")
-    t = ppo.Setup.of(config, run)
-    plain = [t.prompts[i].domain for step in range(2, 22) for i in ppo.draw(t, step)]
+    t = loop.Setup.of(config, run)
+    plain = [t.prompts[i].domain for step in range(2, 22) for i in loop.draw(t, step)]
     assert plain.count("copy") > 0.55 * len(plain) and plain.count("increment") < 0.1 * len(plain)
 
 
 def test_the_head_chooses_prompts_by_what_it_says_of_them(fresh):
     """A head that calls prompts with an early letter hard gets more of these."""
     config, run = fresh("toy.prompts=2048", "groups.num_groups=2", "groups.pool=16")
-    t = ppo.Setup.of(config, run)
+    t = loop.Setup.of(config, run)
     rare = {i for i, p in enumerate(t.prompts) if p.domain == "increment"}
 
     def judge(sequences):
@@ -253,14 +257,14 @@ def test_the_head_chooses_prompts_by_what_it_says_of_them(fresh):
         return torch.stack([hard.float(), 1 - hard.float()], 1)
 
     t.group_logits = judge
-    drawn = [i for step in range(10) for i in ppo.draw(t, step)]
+    drawn = [i for step in range(10) for i in loop.draw(t, step)]
     share = sum(i in rare for i in drawn) / len(drawn)
     assert len(rare) / len(t.prompts) < 0.1 and share > 0.3
 
 
 def test_reference_answers_are_sampled_once_for_each_prompt_that_is_met(fresh, monkeypatch):
     config, run = fresh("groups.performance=over_reference", "groups.reference_answers=2")
-    t = ppo.Setup.of(config, run)
+    t = loop.Setup.of(config, run)
     asked, generate = [], t.engine.generate
 
     def recording(prompts, samples, draws):
@@ -270,7 +274,7 @@ def test_reference_answers_are_sampled_once_for_each_prompt_that_is_met(fresh, m
 
     monkeypatch.setattr(t.engine, "generate", recording)
     for step in range(3):
-        ppo.iteration(t, step)
+        loop.iteration(t, step)
     known = ~t.reference_scores.scores[:, 0].isnan()
     assert len(asked) == int(known.sum()) and 32 <= len(asked) <= 64
 
@@ -286,7 +290,7 @@ def test_critic_free_advantages(fresh):
     probs = torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 0]])
     kl = ((logprobs - ref) * mask).sum(1)
     total = scores - eta * kl
-    seen = experience.Forward(logprobs, logprobs, ref, None, None, None)
+    seen = forward.Forward(logprobs, logprobs, ref, None, None, None)
 
     def advantages(*overrides):
         config, _ = fresh("ppo.samples_per_prompt=2", *overrides)
@@ -308,9 +312,9 @@ def test_critic_free_advantages(fresh):
 def test_no_critic_is_made_where_nothing_needs_it(fresh):
     options = ["ppo.advantages=group_norm", "ppo.samples_per_prompt=2"]
     config, run = fresh(*options, "groups.inference=none")
-    assert ppo.Setup.of(config, run).critic is None
+    assert loop.Setup.of(config, run).critic is None
     config, run = fresh(*options)
-    assert ppo.Setup.of(config, run).critic is not None  # the head lives on it
+    assert loop.Setup.of(config, run).critic is not None  # the head lives on it
 
 
 # --- rollouts must be the policy's ---
@@ -318,7 +322,7 @@ def test_no_critic_is_made_where_nothing_needs_it(fresh):
 
 def test_wrong_rollout_logprobs_stop_the_run(fresh, monkeypatch):
     config, run = fresh()
-    t = ppo.Setup.of(config, run)
+    t = loop.Setup.of(config, run)
     with torch.no_grad():
         stale = copy.deepcopy(t.policy)
         for p in stale.parameters():
@@ -328,7 +332,7 @@ def test_wrong_rollout_logprobs_stop_the_run(fresh, monkeypatch):
     with pytest.raises(
         LogprobMismatch, match=r"logprob_bound=0.001: .* look at sync 1 \(the first"
     ):
-        ppo.iteration(t, 0)
+        loop.iteration(t, 0)
     with pytest.raises(LogprobMismatch, match=r"sync 2 \(an update, weights of step 3\)"):
         t.engine.sync(t.policy, 3)
         t.evaluator(t.policy)
@@ -341,7 +345,7 @@ def test_importance_weights_reach_the_policy_loss(fresh, monkeypatch, kind):
     for name in ("none", kind):
         options = ["rollout.logprob_bound=1", "ppo.importance_cap=3"]
         config, run = fresh(f"ppo.importance={name}", *options)
-        t = ppo.Setup.of(config, run)
+        t = loop.Setup.of(config, run)
         generate = t.engine.generate
 
         def halved(*arguments, generate=generate):
@@ -349,7 +353,7 @@ def test_importance_weights_reach_the_policy_loss(fresh, monkeypatch, kind):
             return dataclasses.replace(rollout, logprobs=rollout.logprobs - math.log(2))
 
         monkeypatch.setattr(t.engine, "generate", halved)
-        metrics = ppo.iteration(t, 0)
+        metrics = loop.iteration(t, 0)
         losses[name] = metrics["policy/grad_norm"]
     assert metrics["importance/mean"] == pytest.approx(2 if kind == "token" else 3, rel=0.1)
     assert losses[kind] > 1.5 * losses["none"]
@@ -370,7 +374,7 @@ def test_final_table(plain_run):
 def test_baselines_are_whole_runs_beside_the_main_one(fresh):
     plain = "baselines={ppo: [groups.inference=none]}"
     config, run = fresh("ppo.steps=1", "groups.focus=0", plain)
-    ppo.run(config, run)
+    policy.run(config, run)
     other = run.baseline("ppo")
     ours, theirs = lines(run)[0], lines(other)[0]
     assert "group/1/score" in ours and "group/1/score" not in theirs
@@ -380,16 +384,16 @@ def test_baselines_are_whole_runs_beside_the_main_one(fresh):
 
 def test_a_baseline_that_fails_is_told(fresh, monkeypatch):
     config, run = fresh("ppo.steps=1", "baselines={ppo: [groups.inference=none]}")
-    monkeypatch.setattr(ppo.baselines.sys, "executable", shutil.which("false"))
-    monkeypatch.setattr(ppo, "train", lambda *_: None)
+    monkeypatch.setattr(baselines.sys, "executable", shutil.which("false"))
+    monkeypatch.setattr(loop, "train", lambda *_: None)
     with pytest.raises(RuntimeError, match=r"baseline ppo failed with code \d+ .*log.txt"):
-        ppo.run(config, run)
+        policy.run(config, run)
 
 
 def test_tensorboard_gets_every_figure(fresh):
     pytest.importorskip("tensorboard")
     config, run = fresh("ppo.steps=1", "trainer.log=[tensorboard]")
-    ppo.run(config, run)
+    policy.run(config, run)
     assert list((run.path / "tensorboard").glob("events.*"))
 
 
@@ -408,9 +412,9 @@ def test_the_engine_rests_whenever_something_is_trained(fresh, monkeypatch):
 
     for name in ("sync", "generate", "rest"):
         told(HuggingFaceEngine, name)
-    told(ppo.Optimizer, "step")
+    told(Optimizer, "step")
     config, run = fresh()
-    ppo.run(config, run)
+    policy.run(config, run)
     assert {"sync", "generate", "rest", "step"} <= set(calls)
     awake = False
     for name in calls:

@@ -3,12 +3,13 @@
 import csv
 import json
 
-from trainer import ppo, profiling
+from trainer.ppo import loop
+from trainer.runs import profiling
 
 
 def test_trace_and_memory_of_the_steps_that_are_asked_for(fresh):
     config, run = fresh("trainer.profile=true", "trainer.profile_steps=[2]", "eval.every=0")
-    ppo.run(config, run)
+    loop.run(config, run)
     (folder,) = (run.path / "profile").iterdir()
     assert folder.name == "ppo_step_2"
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]

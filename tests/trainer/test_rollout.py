@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from trainer import models, parallel
-from trainer.batching import forward_all
-from trainer.rollout import LogprobMismatch, check_logprobs, importance_weights, make_engine
+from trainer import parallel
+from trainer.batch.sequences import forward_all
+from trainer.models import loading
+from trainer.rollout.engine import LogprobMismatch, check_logprobs, importance_weights
 from trainer.rollout.hf import draw
+from trainer.rollout.make import make_engine
 
 
 @pytest.fixture
@@ -14,8 +16,8 @@ def setup(fresh):
     def make(*overrides):
         config, run = fresh(*overrides)
         source = str(run.model("sft"))
-        tokenizer = models.load_tokenizer(source, config)
-        policy = models.load_policy(source, config)
+        tokenizer = loading.load_tokenizer(source, config)
+        policy = loading.load_policy(source, config)
         engine = make_engine(config, tokenizer)
         engine.sync(policy)
         return config, tokenizer, policy, engine

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from tests.trainer import children, tiny
-from trainer import models, parallel, plan
+from trainer import parallel
+from trainer.cli import plan
 from trainer.config import ConfigError
+from trainer.models import loading
 from trainer.rollout import vllm as ours
 from trainer.rollout import watchdog as watchdogs
 from trainer.rollout.vllm import Answer, EngineFailed, VllmEngine
@@ -54,9 +56,9 @@ class Recorder:
 
 
 def engine_of(config):
-    engine = VllmEngine(config, models.load_tokenizer("toy", config))
+    engine = VllmEngine(config, loading.load_tokenizer("toy", config))
     engine.vllm = Recorder()
-    return engine, models.load_policy("toy", config)
+    return engine, loading.load_policy("toy", config)
 
 
 @pytest.fixture
@@ -195,8 +197,8 @@ def test_ranks_share_the_prompts_and_all_know_all_answers(tmp_path, share):
 
 def gathered_in_buckets(output, size):
     config = tiny.config(output, "model.dtype=bfloat16")
-    whole = dict(models._policy("toy", config).model.named_parameters())
-    policy = models.load_policy("toy", config)
+    whole = dict(loading._policy("toy", config).model.named_parameters())
+    policy = loading.load_policy("toy", config)
     alive = {}  # buckets that a consumer of one tensor at a time keeps alive
     seen = []
     for name, tensor in whole_weights(policy, torch.bfloat16, size):
@@ -297,6 +299,6 @@ def test_a_second_engine_of_the_same_kind_is_not_started(config, monkeypatch):
     monkeypatch.setattr(ours, "Vllm", lambda *arguments: started.append(arguments) or Recorder())
     for overrides in ([], [], ["rollout.batch=3"]):
         made = config(*overrides)
-        tokenizer, policy = models.load_tokenizer("toy", made), models.load_policy("toy", made)
+        tokenizer, policy = loading.load_tokenizer("toy", made), loading.load_policy("toy", made)
         VllmEngine(made, tokenizer).sync(policy)
     assert len(started) == 2

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from tests.trainer import tiny
-from trainer import models
-from trainer.batching import Sequences
-from trainer.scoring import Normaliser, RewardError, Scorer, check_functions
+from trainer.batch.sequences import Sequences
+from trainer.models import loading
+from trainer.rewards.functions import RewardError, check_functions
+from trainer.rewards.normaliser import Normaliser
+from trainer.rewards.scorer import Scorer
 
 REWARDS = """
 import torch
@@ -38,7 +40,7 @@ SEQUENCES = Sequences.of([[5, 6, 11, 12, 3]] * 2, [[11, 12, 1], [12, 1]], 0)
 
 def scorer(*overrides, model=None):
     config = tiny.config("unused", "reward.model_weight=0", "model.critic=policy", *overrides)
-    tokenizer = models.load_tokenizer("toy", config)
+    tokenizer = loading.load_tokenizer("toy", config)
     return Scorer(config, tokenizer, model)
 
 
@@ -102,8 +104,8 @@ def test_running_std_is_that_of_all_scores_so_far():
 def test_a_reward_model_with_its_own_tokens(base):
     """Translated through text: the same scores as when it reads the policy's ids."""
     config = tiny.config("unused")
-    tokenizer = models.load_tokenizer("toy", config)
-    reward, own = models.load_scoring_model(config, base)
+    tokenizer = loading.load_tokenizer("toy", config)
+    reward, own = loading.load_scoring_model(config, base)
     truncated = torch.zeros(2, dtype=torch.bool)
     direct = Scorer(config, tokenizer, reward, own)
     want = direct(PROMPTS, SEQUENCES, truncated)["total"]

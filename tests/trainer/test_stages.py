@@ -8,21 +8,24 @@ import torch
 import torch.nn.functional as F
 
 from tests.trainer import tiny
-from trainer import reward, sft
-from trainer.batching import micro_batches
-from trainer.data import DataError, Pair
-from trainer.metrics import MetricsLog, RunFolder, read_lines
+from trainer.batch.sequences import micro_batches
+from trainer.batch.types import Pair
+from trainer.data.errors import DataError
+from trainer.models import loading
+from trainer.runs.folder import RunFolder
+from trainer.runs.log import MetricsLog, read_lines
+from trainer.stages import reward_model, sft
 
 
 def trained(stage, base, folder, *overrides):
     run = RunFolder(folder)
-    if stage is reward:
+    if stage is reward_model:
         shutil.copytree(base.model("sft"), run.model("sft"))
     stage.run(tiny.config(run.path, *overrides), run)
     return tiny.without_times(read_lines(run.metrics))
 
 
-@pytest.mark.parametrize("stage", [sft, reward])
+@pytest.mark.parametrize("stage", [sft, reward_model])
 def test_stages_learn_repeat_and_ignore_micro_batches(base, tmp_path, stage):
     one = trained(stage, base, tmp_path / "a")
     assert one == trained(stage, base, tmp_path / "b")
@@ -49,7 +52,7 @@ def test_pair_loss_is_the_formula():
         + 0.01 * (chosen + rejected).square().mean()
         + 0.5 * torch.cat([chosen - torch.arange(6), rejected + 1]).square().mean()
     )
-    loss, figures = reward.pair_loss(settings, chosen, rejected, pairs)
+    loss, figures = reward_model.pair_loss(settings, chosen, rejected, pairs)
     torch.testing.assert_close(loss, want)
     assert figures["accuracy"] == (chosen > rejected).float().mean()
 
@@ -58,13 +61,13 @@ def test_a_switch_without_its_column_is_one_clear_line():
     pairs = [Pair(prompt_ids=[1], chosen_ids=[2], rejected_ids=[3])]
     settings = SimpleNamespace(margin=False, rating=0.5)
     with pytest.raises(DataError, match=r"rm\.rating=0\.5: pair 0 .* no rating_chosen"):
-        reward.check_columns(settings, pairs)
+        reward_model.check_columns(settings, pairs)
 
 
 def test_pairs_stay_together_in_micro_batches():
     pairs = [Pair(prompt_ids=[1] * n, chosen_ids=[2], rejected_ids=[3, 3]) for n in (3, 9, 1, 5)]
-    sequences = reward.both_answers(pairs, 0)
-    batches = [rows for rows, _ in reward.pair_pieces(sequences, 40)]
+    sequences = reward_model.both_answers(pairs, 0)
+    batches = [rows for rows, _ in reward_model.pair_pieces(sequences, 40)]
     assert sorted(torch.cat(batches).tolist()) == [0, 1, 2, 3]
     for rows in batches:
         both = torch.cat([rows, rows + 4])
@@ -74,9 +77,9 @@ def test_pairs_stay_together_in_micro_batches():
 
 def test_pairs_of_the_toy_world_are_best_against_worst(base):
     config = tiny.config(base.path)
-    tokenizer = reward.models.load_tokenizer("toy", config)
-    policy = reward.models.load_policy(str(base.model("sft")), config)
-    pairs = reward.toy_pairs(config, policy, tokenizer)
+    tokenizer = loading.load_tokenizer("toy", config)
+    policy = loading.load_policy(str(base.model("sft")), config)
+    pairs = reward_model.toy_pairs(config, policy, tokenizer)
     assert 0 < len(pairs) <= config.rm.pairs
     assert all(p.rating_chosen > p.rating_rejected for p in pairs)
     assert all(p.margin == pytest.approx(p.rating_chosen - p.rating_rejected) for p in pairs)

@@ -9,8 +9,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from trainer.config import OPERATIONS, Toy
-from trainer.toy import World
-from trainer.toy.world import EOS, FLOURISH, PAD, WORDS, apply
+from trainer.worlds.toy import EOS, FLOURISH, PAD, WORDS, World, apply
 
 WORLD = World(Toy())
 IDS = {word: i for i, word in enumerate(WORDS)}

@@ -3,8 +3,8 @@ import shutil
 import pytest
 
 from tests.trainer import tiny
-from trainer import reward, sft
-from trainer.metrics import RunFolder
+from trainer.runs.folder import RunFolder
+from trainer.stages import reward_model, sft
 
 # vLLM's attention on a CPU wants heads of 32 or more; two of them, for two ranks.
 SHAPE = ["toy.hidden=64", "toy.heads=2"]
@@ -26,7 +26,7 @@ def base(tmp_path_factory):
     run = RunFolder(tmp_path_factory.mktemp("base"))
     made = config(run.path, "rollout.engine=hf")
     sft.run(made, run)
-    reward.run(made, run)
+    reward_model.run(made, run)
     return run
 
 

@@ -9,9 +9,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from trainer import models
-from trainer.batching import forward_all
-from trainer.rollout import LogprobMismatch, check_logprobs, make_engine
+from trainer.batch.sequences import forward_all
+from trainer.models import loading
+from trainer.rollout.engine import LogprobMismatch, check_logprobs
+from trainer.rollout.make import make_engine
 from trainer.rollout.vllm import Request
 
 # Long enough to fill blocks of the prefix cache, which have 128 tokens on a CPU.
@@ -27,8 +28,8 @@ def setup(fresh):
         source = str(run.model("sft"))
         shape = run.model("sft") / "config.json"  # LONG is more than the toy world needs
         shape.write_text(shape.read_text().replace('_embeddings": 128', '_embeddings": 512'))
-        tokenizer = models.load_tokenizer(source, config)
-        policy = models.load_policy(source, config)
+        tokenizer = loading.load_tokenizer(source, config)
+        policy = loading.load_policy(source, config)
         engine = make_engine(config, tokenizer)
         engine.sync(policy, 0)
         return config, policy, engine
@@ -157,7 +158,7 @@ def test_families_of_models(setup, family):
     shape = {name: getattr(policy.model.config, name) for name in names}
     torch.manual_seed(0)
     made = getattr(transformers, f"{family}Config")(**shape, tie_word_embeddings=True)
-    policy = models.Policy(AutoModelForCausalLM.from_config(made)).eval()
+    policy = policy.Policy(AutoModelForCausalLM.from_config(made)).eval()
     update(policy, 0)
     engine = make_engine(config, engine.tokenizer)
     engine.sync(policy)
@@ -193,7 +194,7 @@ def test_stop_texts_end_an_answer_as_they_do_with_the_other_engine(setup):
     """The tokens that spell it are sampled tokens, and stay; it is not truncated."""
     for name in ("vllm", "hf"):
         config, policy, engine = setup(f"rollout.engine={name}", "rollout.stop=['a b', '!']")
-        tokenizer = models.load_tokenizer(str(config.run.output) + "/models/sft", config)
+        tokenizer = loading.load_tokenizer(str(config.run.output) + "/models/sft", config)
         rollout = engine.generate(PROMPTS, 100, torch.Generator().manual_seed(0))
         stopped = 0
         for answer, truncated in zip(rollout.sequences.answers(), rollout.truncated.tolist()):

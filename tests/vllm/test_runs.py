@@ -13,8 +13,11 @@ from safetensors.torch import load_file
 
 from tests.trainer import children, tiny
 from tests.vllm.conftest import SHAPE, config
-from trainer import parallel, ppo
-from trainer.metrics import MetricsLog, RunFolder, evaluations, read_lines
+from trainer import parallel
+from trainer.ppo import loop
+from trainer.runs.folder import RunFolder
+from trainer.runs.log import MetricsLog, read_lines
+from trainer.runs.table import evaluations
 
 SETTINGS = [
     *tiny.SMALL,
@@ -122,8 +125,8 @@ def iterate(models, output, share):
         shutil.copytree(models, folder.path / "models")
     parallel.barrier()
     made = config(output, f"rollout.tensor_parallel={share}", "ppo.prompts_per_step=8")
-    t = ppo.Setup.of(made, folder)
-    lines = [ppo.iteration(t, step) for step in (0, 1)]
+    t = loop.Setup.of(made, folder)
+    lines = [loop.iteration(t, step) for step in (0, 1)]
     if parallel.is_main():
         torch.save(lines, folder.path / "lines")
 
@@ -155,7 +158,7 @@ def note_memory(output, settings):
             sizes.append(int(Path("/proc/self/statm").read_text().split()[1]))
 
     MetricsLog.write = write_and_look
-    ppo.run(config(output, *settings), RunFolder(output))
+    loop.run(config(output, *settings), RunFolder(output))
     torch.save(sizes, Path(output, "sizes"))
 
 

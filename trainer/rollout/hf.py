@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from trainer import models, parallel
-from trainer.models import Policy
-from trainer.rollout import Rollout, Sync, end_tokens, gathered, next_sync
+from trainer import parallel
+from trainer.models import loading
+from trainer.models.policy import Policy
+from trainer.rollout.engine import Rollout, Sync, end_tokens, gathered, next_sync
 
 
 class HuggingFaceEngine:
@@ -29,7 +30,7 @@ class HuggingFaceEngine:
         self.policy, moved = policy, 0
         if parallel.world_size() > 1:
             dtype = getattr(torch, self.config.model.dtype)
-            self.whole = models.gather(policy, dtype, self.whole)
+            self.whole = loading.gather(policy, dtype, self.whole)
             self.policy = self.whole
             moved = sum(p.nbytes for p in self.whole.parameters())
         self.eos = end_tokens(self.tokenizer, policy)

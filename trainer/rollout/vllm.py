@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from trainer import parallel
-from trainer.checkpoint import RandomStates
 from trainer.config import ConfigError
-from trainer.faults import RunError
-from trainer.models import Policy
-from trainer.rollout import Rollout, Sync, end_tokens, gathered, next_sync
+from trainer.models.policy import Policy
+from trainer.rollout.engine import Rollout, Sync, end_tokens, gathered, next_sync
 from trainer.rollout.watchdog import Watchdog
 from trainer.rollout.weights import whole_weights
+from trainer.runs.checkpoint import RandomStates
+from trainer.runs.faults import RunError
 
 TESTED = "0.32.0"
 

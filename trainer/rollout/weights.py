@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers.core_model_loading import revert_weight_conversion
 
 from trainer import parallel
-from trainer.models import Policy
+from trainer.models.policy import Policy
 
 
 def whole_weights(policy: Policy, dtype: torch.dtype, bucket: int) -> Iterator[tuple[str, Tensor]]:

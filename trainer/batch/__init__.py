@@ -1,0 +1,1 @@
+"""What flows through the house: prompts, pairs, and sequences in batches."""

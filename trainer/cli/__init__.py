@@ -1,0 +1,1 @@
+"""The commands that train nothing: the plan of a run, and what this machine has."""

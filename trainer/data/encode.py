@@ -1,0 +1,83 @@
+"""From parts to token ids, all rows in one call of the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainer.batch.types import Messages
+from trainer.config import Config
+from trainer.data.errors import DataError, first_line
+from trainer.data.formats import HUMAN, parse_dialogue
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    for token, use in (("pad", "fill up short rows"), ("eos", "know where an answer ends")):
+        if getattr(tokenizer, f"{token}_token_id") is None:
+            raise DataError(
+                f"model.policy: {name}: its tokenizer has no {token}_token, which is needed to "
+                f"{use}; name one in its tokenizer_config.json"
+            )
+
+
+# From parts to token ids, all rows in one call of the tokenizer.
+
+
+def encode_prompts(
+    parts: Sequence[str | Messages], rows: Sequence[tuple[str, Any]], config: Config, tokenizer
+) -> list[tuple[str, list[int]]]:
+    texts, templated = [], []
+    for part, (where, _) in zip(parts, rows):
+        if isinstance(part, str) and config.data.parse_dialogues and HUMAN in f"\n\n{part}":
+            part = parse_dialogue(part)
+        empty = not (part if isinstance(part, list) else part.strip())
+        if empty or (isinstance(part, list) and not any(each["content"].strip() for each in part)):
+            raise DataError(f"{where}: empty prompt")
+        templated.append(isinstance(part, list))
+        texts.append(_template(part, where, tokenizer) if isinstance(part, list) else part)
+    # A template writes its own special tokens; plain text gets what the tokenizer puts in front.
+    encoded: list[list[int]] = [[]] * len(texts)
+    for special in (True, False):
+        index = [i for i, by_template in enumerate(templated) if by_template != special]
+        if index:
+            ids = tokenizer([texts[i] for i in index], add_special_tokens=special, verbose=False)
+            for i, each in zip(index, ids["input_ids"]):
+                encoded[i] = (
+                    each[:-1] if each[-1:] == [tokenizer.eos_token_id] and special else each
+                )
+    for (where, _), ids in zip(rows, encoded):
+        if not ids:
+            raise DataError(f"{where}: empty prompt: the tokenizer makes no token of it")
+    return list(zip(texts, encoded))
+
+
+def encode_answers(texts: Sequence[str], config: Config, tokenizer) -> list[list[int]]:
+    if config.data.parse_dialogues:
+        texts = [text.strip() for text in texts]
+    if not texts:
+        return []
+    ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return [[*each, tokenizer.eos_token_id] for each in ids]
+
+
+def _template(messages: Messages, where: str, tokenizer) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(f"{where}: messages, but the tokenizer has no chat template")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates raise what they like
+        raise DataError(f"{where}: the chat template refuses it: {first_line(error)}") from None
+
+
+def fits(ids: list[int], limit: int, what: str, where: str, config: Config) -> bool:
+    if limit == 0 or len(ids) <= limit:
+        return True
+    if config.data.too_long == "error":
+        raise DataError(
+            f"{where}: {what} of {len(ids)} tokens is over data.max_{what}_tokens={limit} "
+            "(data.too_long=drop leaves such rows out)"
+        )
+    return False

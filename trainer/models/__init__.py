@@ -1,0 +1,1 @@
+"""Policy, reward model and critic around any Hugging Face backbone."""

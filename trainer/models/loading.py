@@ -1,0 +1,183 @@
+"""Models from a folder, a name or a world, ready to use: frozen or trained, placed, packed.
+
+Rank 0 reads; the other ranks get their part from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from trainer import parallel
+from trainer.config import ConfigError
+from trainer.models.critic import Critic
+from trainer.models.packing import kernel, use_packed
+from trainer.models.policy import Policy
+from trainer.models.reward import RewardModel
+from trainer.models.saving import quietly
+from trainer.models.sources import policy_source, reward_source
+
+
+def gather(policy: Policy, dtype: torch.dtype, into: Policy | None) -> Policy:
+    """A sharded policy as a whole one on this rank, for sampling; `into` is used again."""
+    if into is None:
+        with torch.device("meta"), quietly():
+            model = type(policy.model)(policy.model.config)
+        for p in model.parameters():
+            p.data = p.data.to(dtype)
+        model.to_empty(device=parallel.device())
+        model.tie_weights()
+        model.generation_config = policy.model.generation_config
+        into = frozen(Policy(model))
+    for ours, theirs in ((into.parameters, policy.parameters), (into.buffers, policy.buffers)):
+        for mine, sharded in zip(ours(), theirs(), strict=True):
+            mine.data.copy_(parallel.whole(sharded.detach()))
+    return into
+
+
+def load_tokenizer(source: str, config) -> PreTrainedTokenizerBase:
+    if source == "toy":
+        from trainer.worlds.toy import World
+
+        return World(config.toy).tokenizer()
+    with quietly():
+        return AutoTokenizer.from_pretrained(
+            source, trust_remote_code=config.model.trust_remote_code
+        )
+
+
+def load_policy(source: str, config, offload: bool = False) -> Policy:
+    """`offload`: weights wait in the CPU's memory and visit the GPU block by block."""
+    return prepare(_policy(source, config), config, offload)
+
+
+def _policy(source: str, config) -> Policy:
+    if source == "toy":
+        from trainer.worlds.toy import World
+
+        return Policy(World(config.toy).model(config.run.seed))
+    return Policy(_load(AutoModelForCausalLM, source, config))
+
+
+def load_reward_model(
+    source: str, config, head: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> RewardModel:
+    """A reward model; or, from a causal language model's folder, one with a new score layer, which
+    takes its pad token from the tokenizer."""
+    return prepare(_reward_model(source, config, head, tokenizer), config)
+
+
+def _reward_model(
+    source: str, config, head: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> RewardModel:
+    torch.manual_seed(config.run.seed)  # the new layer's weights
+    if source == "toy":
+        raise ConfigError("toy: a reward model starts from the model of stage sft", "model.policy")
+    model = _load(AutoModelForSequenceClassification, source, config, num_labels=1)
+    if tokenizer is not None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return RewardModel(model, head)
+
+
+def load_scoring_model(config, run) -> tuple[RewardModel | None, PreTrainedTokenizerBase | None]:
+    """The frozen reward model and its own tokenizer; none where functions alone give the reward."""
+    if config.reward.model_weight == 0:
+        return None, None
+    source = reward_source(config, run)
+    return frozen(load_reward_model(source, config)), load_tokenizer(source, config)
+
+
+def make_critic(config, run, policy: Policy, groups) -> Critic | None:
+    """From the reward model's or the policy's backbone, or from a path. None where neither values
+    nor a group head are asked for."""
+    if not (config.ppo.has_critic or groups.has_head):
+        return None
+    source = config.model.critic
+    if source == "reward" and config.reward.model_weight:
+        body = _reward_model(reward_source(config, run), config).model.base_model
+        vocabulary = policy.model.get_input_embeddings().num_embeddings
+        if body.get_input_embeddings().num_embeddings < vocabulary:
+            raise ConfigError(
+                "reward: the reward model has another vocabulary than the policy; want policy",
+                "model.critic",
+            )
+    else:
+        named = source not in ("reward", "policy")
+        body = _policy(source if named else policy_source(config, run), config).model.base_model
+    torch.manual_seed(config.run.seed)  # the new heads' weights
+    hidden_size = body.config.get_text_config().hidden_size
+    return prepare(Critic(body, hidden_size, groups.num, config.groups.on), config)
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    return module.requires_grad_(False).eval()
+
+
+def prepare(module: nn.Module, config, offload: bool = False) -> nn.Module:
+    """The one place where a finished model meets the machine: device, and later its shards.
+
+    Dropout is off: it would make the log-probabilities of training and sampling those of two
+    different policies. Models come in eval mode; only an update switches to train mode, which
+    gradient checkpointing asks for.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        if isinstance(getattr(part, "attention_dropout", None), float):
+            part.attention_dropout = 0.0
+    if packs(config):
+        use_packed(next(part for part in module.modules() if isinstance(part, PreTrainedModel)))
+    if config.model.gradient_checkpointing:
+        for part in module.modules():
+            if isinstance(part, PreTrainedModel):
+                enable = getattr(part, "activation_checkpointing_enable", None)  # its newer name
+                (enable or part.gradient_checkpointing_enable)()
+                break
+    return parallel.place(module, config, offload).eval()
+
+
+def packs(config) -> bool:
+    """auto: on a GPU, where padding costs time; a CPU has small batches of like lengths anyway."""
+    wanted = {"on": True, "off": False}.get(config.model.packing)
+    return parallel.device().type == "cuda" if wanted is None else wanted
+
+
+def describe_attention(config) -> str:
+    if not packs(config):
+        return f"padded sequences, attention {config.model.attention}"
+    which = kernel(parallel.device().type, getattr(torch, config.model.dtype))
+    return f"packed sequences, attention {which}"
+
+
+def _load(auto, source: str, config, **options) -> PreTrainedModel:
+    """Rank 0 reads the weights; the others build a model without storage and get theirs from it."""
+    common = {
+        "attn_implementation": config.model.attention,
+        "trust_remote_code": config.model.trust_remote_code,
+    }
+    with quietly():
+        if not parallel.is_main():
+            code = config.model.trust_remote_code
+            settings = AutoConfig.from_pretrained(source, trust_remote_code=code, **options)
+            with torch.device("meta"):
+                model = auto.from_config(settings, dtype=torch.float32, **common)
+            with contextlib.suppress(OSError):  # it says where answers end
+                model.generation_config = GenerationConfig.from_pretrained(source)
+            return model
+        return auto.from_pretrained(
+            source,
+            dtype=torch.float32,  # the master copy; model.dtype is what autocast computes in
+            **common,
+            **options,
+        )

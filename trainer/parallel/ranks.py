@@ -1,0 +1,165 @@
+"""Several ranks, one result: what the loop asks of the others, and how a model is spread over them.
+
+Every rank knows the whole batch and computes on a share of its sequences. Models' outputs are put
+together again (`all_sum` of parts that are zero elsewhere, which is exact), so whatever is derived
+from them (advantages, groups, moments, weights, metrics) is the same plain code on every rank, and
+the same on one. Gradients are sums over ranks, with denominators of the whole batch. So the number
+of ranks changes the order of a sum, and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import resource
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from trainer.config import ConfigError
+
+
+def device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def describe() -> str:
+    kind = torch.cuda.get_device_name() if device().type == "cuda" else "CPU"
+    return f"{world_size()} x {kind}" if world_size() > 1 else kind
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def start() -> None:
+    """Join the others, if torchrun started us."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device())
+        # torchrun's store outlives a restart; the addresses of the ranks before are still in it.
+        store, *who = next(torch.distributed.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
+        init_group(store, *who)
+
+
+def init_group(store: torch.distributed.Store, rank: int, ranks: int) -> None:
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+
+
+def stop() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        mesh.cache_clear()
+        cpu_group.cache_clear()
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """The sum over ranks, not in place."""
+    if world_size() == 1:
+        return x
+    total = x.clone()
+    torch.distributed.all_reduce(total)
+    return total
+
+
+def all_max(x: list[int]) -> list[int]:
+    if world_size() == 1:
+        return x
+    most = torch.tensor(x, device=device())
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return most.tolist()
+
+
+def share(count: int) -> slice:
+    """This rank's part of a row of things that cost about the same."""
+    bounds = [count * r // world_size() for r in (rank(), rank() + 1)]
+    return slice(*bounds)
+
+
+def any_true(flag: bool) -> bool:
+    """Whether it is true on some rank."""
+    return bool(all_sum(torch.tensor(float(flag), device=device())))
+
+
+def all_true(flag: bool) -> bool:
+    return not any_true(not flag)
+
+
+def gather_objects(x: object) -> list:
+    """One small object of each rank, on every rank."""
+    if world_size() == 1:
+        return [x]
+    out = [None] * world_size()
+    torch.distributed.all_gather_object(out, x, group=cpu_group())
+    return out
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    gather_objects(None)
+
+
+@functools.cache
+def cpu_group(use: str = "objects"):
+    """For what is not on a GPU. Each thread has to have one of its own: small objects between
+    steps, checkpoints that are written in the background."""
+    if world_size() == 1:
+        return None
+    return torch.distributed.new_group(backend="gloo")
+
+
+@functools.cache
+def mesh(replicas: int) -> DeviceMesh:
+    """(replicate, shard): each replica is spread over the ranks of one node, or of a few."""
+    if world_size() % replicas:
+        raise ConfigError(
+            f"is {replicas}; want a divisor of the number of ranks, {world_size()}",
+            "trainer.replicas",
+        )
+    shape, names = (replicas, world_size() // replicas), ("replicate", "shard")
+    if replicas == 1:
+        shape, names = shape[1:], names[1:]
+    return init_device_mesh(device().type, shape, mesh_dim_names=names)
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def whole(p: Tensor) -> Tensor:
+    """A sharded tensor put together; every rank has to ask."""
+    return p.full_tensor() if isinstance(p, DTensor) else p
+
+
+def generator(*names: object) -> torch.Generator:
+    """Randomness that depends on its names alone: generator(seed, "rollout", step).
+
+    Nothing is drawn from a global stream, so a resumed run needs no saved generator state, and one
+    more draw here does not shift all the draws there.
+    """
+    digest = hashlib.sha256(repr(names).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def peak_memory_bytes() -> int:
+    """Of this process since its start: GPU memory where there is a GPU, else resident memory."""
+    if device().type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,1 @@
+"""Group-invariant PPO. Read `loop` first: an iteration on one page."""

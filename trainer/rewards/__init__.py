@@ -1,0 +1,1 @@
+"""What an answer scores: a reward model, functions, or a weighted sum of them."""

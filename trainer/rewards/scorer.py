@@ -1,0 +1,72 @@
+"""What an answer scores: a reward model, Python functions, or a weighted sum of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trainer import parallel
+from trainer.batch.sequences import Sequences, forward_all
+from trainer.models.reward import RewardModel
+from trainer.rewards.functions import load_functions
+
+
+class Scorer:
+    """Raw scores of answers, each component beside the weighted total."""
+
+    def __init__(self, config, tokenizer, model: RewardModel | None, model_tokenizer=None) -> None:
+        self.config, self.tokenizer, self.model = config, tokenizer, model
+        # None: the reward model reads the policy's token ids as they are.
+        same = model_tokenizer is None or model_tokenizer.get_vocab() == tokenizer.get_vocab()
+        self.model_tokenizer = None if same else model_tokenizer
+        self.functions = load_functions(config)
+
+    def __call__(self, prompts: list, sequences: Sequences, truncated: Tensor) -> dict[str, Tensor]:
+        """{"total": (S), "model": (S), function's name: (S) ...}; prompts has one for each row."""
+        parts: dict[str, tuple[Tensor, float]] = {}
+        weight = self.config.reward.model_weight
+        if self.model is not None and weight:
+            read = (
+                sequences
+                if self.model_tokenizer is None
+                else self._retokenised(sequences, truncated)
+            )
+            with parallel.autocast(self.config.model.dtype):
+                (scores,) = forward_all(
+                    lambda batch: (self.model(batch),),
+                    read,
+                    self.config.trainer.tokens_per_microbatch,
+                )
+            parts["model"] = (scores, weight)
+        if self.functions:
+            texts = self.tokenizer.batch_decode(sequences.answers(), skip_special_tokens=True)
+            for name, (function, weight) in self.functions.items():
+                mine = parallel.share(len(texts))  # each answer is judged on one rank
+                some = prompts[mine]
+                scores = torch.zeros(len(texts))
+                scores[mine] = function([p.text for p in some], texts[mine], [p.meta for p in some])
+                parts[name] = (parallel.all_sum(scores.to(sequences.tokens.device)), weight)
+        total = -self.config.reward.truncated_penalty * truncated.float()
+        for scores, weight in parts.values():
+            total = total + weight * scores
+        return {"total": total, **{name: scores for name, (scores, _) in parts.items()}}
+
+    def _retokenised(self, sequences: Sequences, truncated: Tensor) -> Sequences:
+        """The same texts in the reward model's own tokens."""
+        prompts = [
+            row[:n] for row, n in zip(sequences.tokens.tolist(), sequences.prompt_lengths.tolist())
+        ]
+        theirs = self.model_tokenizer
+
+        def translate(rows: list[list[int]], **options) -> list[list[int]]:
+            texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+            return theirs(texts, **options)["input_ids"]
+
+        eos = [theirs.eos_token_id] if theirs.eos_token_id is not None else []
+        answers = [
+            ids + (eos if ended else [])
+            for ids, ended in zip(
+                translate(sequences.answers(), add_special_tokens=False), (~truncated).tolist()
+            )
+        ]
+        return Sequences.of(translate(prompts), answers, theirs.pad_token_id or 0)

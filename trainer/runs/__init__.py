@@ -1,0 +1,1 @@
+"""What a run leaves behind, and the one loop that every stage of training goes through."""

@@ -1,0 +1,75 @@
+"""The table at the end of a run: gold, proxy and KL of each model, by domain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.table import Table
+
+from trainer.runs.folder import RunFolder
+from trainer.runs.log import read_lines
+
+# --- the table at the end -------------------------------------------------------------------------
+
+
+def evaluations(run: RunFolder, policy: str) -> list[dict]:
+    lines = [line for line in read_lines(run.metrics) if line["stage"] == "eval"]
+    return [line for line in lines if line.get("policy") == policy]
+
+
+def final_table(runs: Mapping[str, RunFolder]) -> Table | None:
+    """Domains x {SFT, each run}: gold (judged by program, or absent), proxy and KL.
+
+    The final evaluation; in the rows "over the run" the mean of all evaluations after the first
+    third, because one evaluation of one seed is mostly noise.
+    """
+    columns: dict[str, tuple[dict, list[dict]]] = {}
+    for name, run in runs.items():
+        if not columns and (sft := evaluations(run, "sft")):
+            columns["SFT"] = (sft[-1], sft)
+        if policy := evaluations(run, "policy"):
+            columns[name] = (policy[-1], policy[len(policy) // 3 :])
+    if not columns:
+        return None
+    domains = [
+        name.split("/")[1]
+        for name in next(iter(columns.values()))[0]
+        if name.startswith("domain/") and name.endswith("/score")
+    ]
+    rows: list[tuple[str, str, bool]] = []  # title, metric, over the run
+    for domain in domains:
+        rows.append((f"gold    {domain}", f"domain/{domain}/gold", False))
+    rows.append(("gold    mean", "eval/gold", False))
+    rows.append(("gold    worst domain", "eval/worst_domain_gold", False))
+    rows.append(("gold    worst domain, over the run", "eval/worst_domain_gold", True))
+    rows.append(("gold    mean, over the run", "eval/gold", True))
+    rows.append(("gold    out of distribution", "eval/ood_gold", False))
+    for kind in ("score", "kl"):
+        for domain in domains:
+            rows.append(
+                (
+                    f"{'proxy' if kind == 'score' else kind:<7} {domain}",
+                    f"domain/{domain}/{kind}",
+                    False,
+                )
+            )
+        whole = "eval/proxy" if kind == "score" else "eval/kl"
+        rows.append((f"{'proxy' if kind == 'score' else kind:<7} mean", whole, False))
+    table = Table(title="Evaluation", title_justify="left")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    previous = ""
+    for title, metric, over_run in rows:
+        cells = []
+        for last, many in columns.values():
+            values = [line.get(metric) for line in (many if over_run else [last])]
+            values = [v for v in values if v is not None]
+            cells.append(f"{sum(values) / len(values):.3f}" if values else "")
+        if any(cells):
+            kind = title.split()[0]
+            if previous and kind != previous:
+                table.add_section()
+            previous = kind
+            table.add_row(title, *cells)
+    return table

@@ -1,0 +1,1 @@
+"""What `gi train` does, in order: SFT, reward model, PPO and its baselines, MetaRM."""

@@ -1,0 +1,105 @@
+"""Further PPO runs beside the main one: same SFT and reward model, same seed, other settings.
+
+On a CPU they run at the same time, each with its share of the cores; on a GPU one after another,
+when the main run is done. Each is a whole run folder below <output>/baselines/.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from trainer import parallel
+from trainer.models import sources
+from trainer.ppo import loop
+from trainer.runs.console import say
+from trainer.runs.folder import RunFolder
+
+
+@contextmanager
+def running(config, run: RunFolder, resume: bool = False) -> Iterator[None]:
+    """The main run's PPO goes inside; on leaving, all baselines have ended."""
+    waiting = list(config.baselines)
+    if not waiting:
+        yield
+        return
+    if parallel.world_size() > 1:  # all ranks are needed for one run
+        yield
+        for name in waiting:
+            say(f"ppo    baseline {name}")
+            inner, folder = _inner(config, run, name, config.run.threads), run.baseline(name)
+            if parallel.is_main():
+                folder.path.mkdir(parents=True, exist_ok=True)
+                folder.config.write_text(inner.to_yaml())
+            loop.run(inner, folder, resume)
+        return
+    on_cpu = parallel.device().type == "cpu"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    at_once = min(len(waiting), cores - 1) if on_cpu else 0
+    threads = max(1, cores // (at_once + 1))
+    before = torch.get_num_threads()
+    started: dict[str, subprocess.Popen] = {}
+    try:
+        for _ in range(at_once):
+            name = waiting.pop(0)
+            started[name] = _start(config, run, name, threads, resume)
+        if at_once:
+            torch.set_num_threads(threads)
+        yield
+        torch.set_num_threads(before)
+        while started or waiting:
+            if not started:
+                name = waiting.pop(0)
+                started[name] = _start(config, run, name, cores if on_cpu else 0, resume)
+            for name, process in list(started.items()):
+                say(f"ppo    waiting for baseline {name}")
+                _finish(run, name, process)
+                del started[name]
+    finally:
+        torch.set_num_threads(before)
+        for process in started.values():
+            process.terminate()
+
+
+def _start(config, run: RunFolder, name: str, threads: int, resume: bool) -> subprocess.Popen:
+    folder = run.baseline(name)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.config.write_text(_inner(config, run, name, threads).to_yaml())
+    environment = dict(os.environ, OMP_NUM_THREADS=str(threads)) if threads else os.environ
+    flags = ["--resume"] if resume else []
+    with folder.log_file().open("a" if resume else "w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "trainer", "ppo", str(folder.config), *flags],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+
+
+def _inner(config, run: RunFolder, name: str, threads: int):
+    inner = config.baseline(name)
+    output = str(run.baseline(name).path)
+    return dataclasses.replace(
+        inner,
+        run=dataclasses.replace(inner.run, stages=("ppo",), output=output, threads=threads),
+        model=dataclasses.replace(
+            inner.model,
+            policy=sources.policy_source(config, run),
+            reward=sources.reward_source(config, run) if config.reward.model_weight else "",
+        ),
+    )
+
+
+def _finish(run: RunFolder, name: str, process: subprocess.Popen) -> None:
+    if process.wait() != 0:
+        log = run.baseline(name).log_file()
+        tail = "\n".join(log.read_text().splitlines()[-5:])
+        raise RuntimeError(
+            f"baseline {name} failed with code {process.returncode} ({log}):\n{tail}"
+        )

@@ -1,0 +1,1 @@
+"""Built-in worlds: prompts, demonstrations, annotators and judges made from a seed."""
