@@ -69,13 +69,13 @@ def make(folder: str) -> None:
 def step(folder: str, output: str) -> None:
     from trainer.cli import plan
     from trainer.config import load
-    from trainer.ppo import loop
+    from trainer.ppo import build, loop
     from trainer.runs.folder import RunFolder
 
     config = load("toy", [*SETTINGS, f"model.policy={folder}", f"run.output={output}"])
     checked = plan.check(config, ("ppo",))
     parts = plan.memory(config, "ppo", checked.policy, checked.policy, 1)
-    t = loop.Setup.of(config, RunFolder(output))
+    t = build.Setup.of(config, RunFolder(output))
     began = time.perf_counter()
     metrics = loop.iteration(t, 0)
     seconds = time.perf_counter() - began

@@ -26,7 +26,7 @@ import torch
 
 from trainer import parallel
 from trainer.config import load
-from trainer.ppo import loop
+from trainer.ppo import build, loop
 from trainer.runs.folder import RunFolder
 from trainer.stages import sft
 from trainer.worlds.toy import World
@@ -70,7 +70,7 @@ def setting(folder: Path, updates: int, *overrides: str):
 class Ours:
     def __init__(self, name: str, config) -> None:
         self.name, self.seconds, self.tokens, self.step = name, [], [], 0
-        self.setup = loop.Setup.of(config, RunFolder(config.run.output))
+        self.setup = build.Setup.of(config, RunFolder(config.run.output))
 
     def __call__(self) -> None:
         began = time.perf_counter()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.trainer import tiny
-from trainer.ppo import loop
+from trainer.ppo import build, loop
 from trainer.runs.checkpoint import steps_in
 from trainer.runs.faults import Diverged, Guard
 from trainer.runs.folder import RunFolder
@@ -61,14 +61,14 @@ class Broken:
 
 
 def broken(monkeypatch, config, run, steps):
-    of = loop.Setup.of
+    of = build.Setup.of
 
     def with_broken_rewards(*arguments):
         t = of(*arguments)
-        t.scorer = Broken(t.scorer, steps)
+        t.signals.scorer = Broken(t.signals.scorer, steps)
         return t
 
-    monkeypatch.setattr(loop.Setup, "of", with_broken_rewards)
+    monkeypatch.setattr(build.Setup, "of", with_broken_rewards)
     loop.run(config, run)
 
 

@@ -13,7 +13,7 @@ from trainer.batch.sequences import Sequences
 from trainer.batch.types import Pair
 from trainer.config import load
 from trainer.models import loading
-from trainer.ppo import loop
+from trainer.ppo import build
 from trainer.runs.averages import Averages
 from trainer.runs.folder import RunFolder
 from trainer.runs.log import read_lines
@@ -290,20 +290,20 @@ def test_a_round_goes_on_with_the_policy_and_holds_on_to_sft(unbroken):
     run = RunFolder(unbroken)
     t = metarm.Setup.of(tiny.config(unbroken, *SMALL), run)
     inner = metarm.round_config(t, 2)
-    made = loop.Setup.of(inner, run.round(2))
+    made = build.Setup.of(inner, run.round(2))
 
     def weights(path):
         return load_file(path / "model.safetensors")
 
     for model, path in (
-        (made.policy.model, run.round(1).model("policy")),
-        (made.reference.model, run.model("sft")),
-        (made.scorer.model.model, run.round(2).model("rm")),
+        (made.actors.policy.model, run.round(1).model("policy")),
+        (made.actors.reference.model, run.model("sft")),
+        (made.signals.scorer.model.model, run.round(2).model("rm")),
     ):
         for name, want in weights(path).items():
             assert torch.equal(model.state_dict()[name], want), (path, name)
     new = weights(run.round(2).model("rm"))
-    body = {f"model.{name}": w for name, w in made.critic.body.state_dict().items()}
+    body = {f"model.{name}": w for name, w in made.actors.critic.body.state_dict().items()}
     assert all(torch.equal(body[name], w) for name, w in new.items() if name in body)
     assert len(body.keys() & new.keys()) > 5
     other = metarm.Setup.of(tiny.config(unbroken, *SMALL, "metarm.policy=sft"), run)

@@ -15,7 +15,7 @@ from tests.trainer import children, tiny
 from tests.trainer.test_checkpoint import SMALL, assert_equal_runs, results
 from trainer import parallel
 from trainer.batch.sequences import shares
-from trainer.ppo import loop
+from trainer.ppo import build, loop
 from trainer.runs.checkpoint import steps_in
 from trainer.runs.faults import Guard
 from trainer.runs.folder import RunFolder
@@ -38,7 +38,7 @@ def gradients_of_an_iteration(models, output, overrides):
         shutil.copytree(models, run.path / "models")
     parallel.barrier()
     options = ["ppo.minibatches=1", "ppo.ppo_epochs=1", "ppo.entropy_coef=0.01", *overrides]
-    t = loop.Setup.of(tiny.config(output, *options), run)
+    t = build.Setup.of(tiny.config(output, *options), run)
     found = {}
 
     def keep(name, optimizer):
@@ -49,8 +49,8 @@ def gradients_of_an_iteration(models, output, overrides):
 
         return step
 
-    t.policy_optimizer.step = keep("policy", t.policy_optimizer)
-    t.critic_optimizer.step = keep("critic", t.critic_optimizer)
+    t.actors.policy_optimizer.step = keep("policy", t.actors.policy_optimizer)
+    t.actors.critic_optimizer.step = keep("critic", t.actors.critic_optimizer)
     metrics = loop.iteration(t, 0)
     if parallel.is_main():
         torch.save((found, metrics), run.path / "found")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.trainer import tiny
 from trainer.config import load, packaged
-from trainer.ppo import experience, forward, loop
+from trainer.ppo import build, draw, experience, forward, loop
 from trainer.rollout.engine import LogprobMismatch
 from trainer.rollout.hf import HuggingFaceEngine
 from trainer.runs.folder import RunFolder
@@ -115,8 +115,8 @@ def test_gradients_do_not_depend_on_the_micro_batches(fresh, monkeypatch, infere
             "ppo.ppo_epochs=1",
             "ppo.entropy_coef=0.01",
         )
-        t = loop.Setup.of(config, run)
-        for model in (t.policy, t.reference, t.critic, t.scorer.model):
+        t = build.Setup.of(config, run)
+        for model in (t.actors.policy, t.actors.reference, t.actors.critic, t.signals.scorer.model):
             model.double()
         found = {}
 
@@ -127,8 +127,8 @@ def test_gradients_do_not_depend_on_the_micro_batches(fresh, monkeypatch, infere
 
             return step
 
-        t.policy_optimizer.step = keep("policy", t.policy_optimizer)
-        t.critic_optimizer.step = keep("critic", t.critic_optimizer)
+        t.actors.policy_optimizer.step = keep("policy", t.actors.policy_optimizer)
+        t.actors.critic_optimizer.step = keep("critic", t.actors.critic_optimizer)
         metrics = loop.iteration(t, 0)
         return found, metrics
 
@@ -232,24 +232,24 @@ def test_rare_domains_are_drawn_as_often_as_frequent_ones(fresh):
     """With the true domains as groups; the prompts of the pool are what the others are."""
     options = ("groups.inference=oracle", "toy.prompts=4096", "ppo.critic_warmup_steps=2")
     config, run = fresh(*options, "groups.pool=8")
-    t = loop.Setup.of(config, run)
-    domains = [t.prompts[i].domain for step in range(2, 22) for i in loop.draw(t, step)]
-    assert loop.draw(t, 7) == loop.draw(t, 7) != loop.draw(t, 8)
+    t = build.Setup.of(config, run)
+    domains = [t.prompts[i].domain for step in range(2, 22) for i in draw.draw(t, step)]
+    assert draw.draw(t, 7) == draw.draw(t, 7) != draw.draw(t, 8)
     for name in config.toy.domains:
         assert 0.18 < domains.count(name) / len(domains) < 0.32, name
     # before the head has learnt anything, and without focus, prompts come by their shares
-    early = [t.prompts[i].domain for step in range(2) for i in loop.draw(t, step)]
+    early = [t.prompts[i].domain for step in range(2) for i in draw.draw(t, step)]
     assert early.count("copy") > 0.45 * len(early)
     config, run = fresh(*options, "groups.focus=0")
-    t = loop.Setup.of(config, run)
-    plain = [t.prompts[i].domain for step in range(2, 22) for i in loop.draw(t, step)]
+    t = build.Setup.of(config, run)
+    plain = [t.prompts[i].domain for step in range(2, 22) for i in draw.draw(t, step)]
     assert plain.count("copy") > 0.55 * len(plain) and plain.count("increment") < 0.1 * len(plain)
 
 
 def test_the_head_chooses_prompts_by_what_it_says_of_them(fresh):
     """A head that calls prompts with an early letter hard gets more of these."""
     config, run = fresh("toy.prompts=2048", "groups.num_groups=2", "groups.pool=16")
-    t = loop.Setup.of(config, run)
+    t = build.Setup.of(config, run)
     rare = {i for i, p in enumerate(t.prompts) if p.domain == "increment"}
 
     def judge(sequences):
@@ -257,25 +257,25 @@ def test_the_head_chooses_prompts_by_what_it_says_of_them(fresh):
         return torch.stack([hard.float(), 1 - hard.float()], 1)
 
     t.group_logits = judge
-    drawn = [i for step in range(10) for i in loop.draw(t, step)]
+    drawn = [i for step in range(10) for i in draw.draw(t, step)]
     share = sum(i in rare for i in drawn) / len(drawn)
     assert len(rare) / len(t.prompts) < 0.1 and share > 0.3
 
 
 def test_reference_answers_are_sampled_once_for_each_prompt_that_is_met(fresh, monkeypatch):
     config, run = fresh("groups.performance=over_reference", "groups.reference_answers=2")
-    t = loop.Setup.of(config, run)
-    asked, generate = [], t.engine.generate
+    t = build.Setup.of(config, run)
+    asked, generate = [], t.actors.engine.generate
 
     def recording(prompts, samples, draws):
         if samples == 2:
             asked.extend(map(tuple, prompts))
         return generate(prompts, samples, draws)
 
-    monkeypatch.setattr(t.engine, "generate", recording)
+    monkeypatch.setattr(t.actors.engine, "generate", recording)
     for step in range(3):
         loop.iteration(t, step)
-    known = ~t.reference_scores.scores[:, 0].isnan()
+    known = ~t.signals.reference_scores.scores[:, 0].isnan()
     assert len(asked) == int(known.sum()) and 32 <= len(asked) <= 64
 
 
@@ -312,9 +312,9 @@ def test_critic_free_advantages(fresh):
 def test_no_critic_is_made_where_nothing_needs_it(fresh):
     options = ["ppo.advantages=group_norm", "ppo.samples_per_prompt=2"]
     config, run = fresh(*options, "groups.inference=none")
-    assert loop.Setup.of(config, run).critic is None
+    assert build.Setup.of(config, run).actors.critic is None
     config, run = fresh(*options)
-    assert loop.Setup.of(config, run).critic is not None  # the head lives on it
+    assert build.Setup.of(config, run).actors.critic is not None  # the head lives on it
 
 
 # --- rollouts must be the policy's ---
@@ -322,20 +322,20 @@ def test_no_critic_is_made_where_nothing_needs_it(fresh):
 
 def test_wrong_rollout_logprobs_stop_the_run(fresh, monkeypatch):
     config, run = fresh()
-    t = loop.Setup.of(config, run)
+    t = build.Setup.of(config, run)
     with torch.no_grad():
-        stale = copy.deepcopy(t.policy)
+        stale = copy.deepcopy(t.actors.policy)
         for p in stale.parameters():
             p.mul_(1.05)
-    sync = t.engine.sync
-    monkeypatch.setattr(t.engine, "sync", lambda policy, step: sync(stale, step))
+    sync = t.actors.engine.sync
+    monkeypatch.setattr(t.actors.engine, "sync", lambda policy, step: sync(stale, step))
     with pytest.raises(
         LogprobMismatch, match=r"logprob_bound=0.001: .* look at sync 1 \(the first"
     ):
         loop.iteration(t, 0)
     with pytest.raises(LogprobMismatch, match=r"sync 2 \(an update, weights of step 3\)"):
-        t.engine.sync(t.policy, 3)
-        t.evaluator(t.policy)
+        t.actors.engine.sync(t.actors.policy, 3)
+        t.evaluator(t.actors.policy)
 
 
 @pytest.mark.parametrize("kind", ["token", "sequence"])
@@ -345,14 +345,14 @@ def test_importance_weights_reach_the_policy_loss(fresh, monkeypatch, kind):
     for name in ("none", kind):
         options = ["rollout.logprob_bound=1", "ppo.importance_cap=3"]
         config, run = fresh(f"ppo.importance={name}", *options)
-        t = loop.Setup.of(config, run)
-        generate = t.engine.generate
+        t = build.Setup.of(config, run)
+        generate = t.actors.engine.generate
 
         def halved(*arguments, generate=generate):
             rollout = generate(*arguments)
             return dataclasses.replace(rollout, logprobs=rollout.logprobs - math.log(2))
 
-        monkeypatch.setattr(t.engine, "generate", halved)
+        monkeypatch.setattr(t.actors.engine, "generate", halved)
         metrics = loop.iteration(t, 0)
         losses[name] = metrics["policy/grad_norm"]
     assert metrics["importance/mean"] == pytest.approx(2 if kind == "token" else 3, rel=0.1)

@@ -79,7 +79,7 @@ def test_pairs_of_the_toy_world_are_best_against_worst(base):
     config = tiny.config(base.path)
     tokenizer = loading.load_tokenizer("toy", config)
     policy = loading.load_policy(str(base.model("sft")), config)
-    pairs = reward_model.toy_pairs(config, policy, tokenizer)
+    pairs = reward_model.sampled_pairs(config, policy, tokenizer)
     assert 0 < len(pairs) <= config.rm.pairs
     assert all(p.rating_chosen > p.rating_rejected for p in pairs)
     assert all(p.margin == pytest.approx(p.rating_chosen - p.rating_rejected) for p in pairs)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.trainer import children, tiny
 from tests.vllm.conftest import SHAPE, config
 from trainer import parallel
-from trainer.ppo import loop
+from trainer.ppo import build, loop
 from trainer.runs.folder import RunFolder
 from trainer.runs.log import MetricsLog, read_lines
 from trainer.runs.table import evaluations
@@ -125,7 +125,7 @@ def iterate(models, output, share):
         shutil.copytree(models, folder.path / "models")
     parallel.barrier()
     made = config(output, f"rollout.tensor_parallel={share}", "ppo.prompts_per_step=8")
-    t = loop.Setup.of(made, folder)
+    t = build.Setup.of(made, folder)
     lines = [loop.iteration(t, step) for step in (0, 1)]
     if parallel.is_main():
         torch.save(lines, folder.path / "lines")

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from transformers import PreTrainedTokenizerBase
+
 from trainer.config import Config, ConfigError
 from trainer.data.encode import check_tokenizer
 from trainer.data.errors import DataError
 from trainer.data.files import FILES
 from trainer.data.sources import load_demonstrations, load_pairs, load_prompts
+from trainer.worlds import registry
 
 FP32, ADAM = 4, 8
 """Bytes a weight: masters, gradients and frozen models are float32, AdamW keeps two moments."""
@@ -103,7 +106,13 @@ def check(config: Config, stages: Sequence[str], dry_run: bool = False) -> Check
     return found
 
 
-def _check_data(config: Config, stages: Sequence[str], tokenizer, found: Checked, dry_run) -> None:
+def _check_data(
+    config: Config,
+    stages: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    found: Checked,
+    dry_run,
+) -> None:
     def rows_of(key: str, load) -> list:
         try:
             rows = load()
@@ -120,7 +129,7 @@ def _check_data(config: Config, stages: Sequence[str], tokenizer, found: Checked
     data = config.data
     if "sft" in stages:
         rows_of("demonstrations", lambda: load_demonstrations(config, tokenizer))
-    if {"rm", "metarm"} & set(stages) and data.pairs != "toy":
+    if {"rm", "metarm"} & set(stages) and not registry.is_world(data.pairs):
         pairs = rows_of("pairs", lambda: load_pairs(config, tokenizer))
         _need_columns(config, pairs)
     if {"ppo", "metarm", "eval"} & set(stages):
@@ -223,7 +232,12 @@ def _need_local_files(config: Config, stages: Sequence[str]) -> None:
 
 
 def _is_name(source: str) -> bool:
-    return source not in ("", "toy") and not source.endswith(FILES) and not _is_path(source)
+    return (
+        source != ""
+        and not registry.is_world(source)
+        and not source.endswith(FILES)
+        and not _is_path(source)
+    )
 
 
 def _is_path(source: str) -> bool:
@@ -260,10 +274,8 @@ def _hub_reachable() -> bool:
 
 
 def _shape(key: str, source: str, config: Config, found: Checked, dry_run: bool) -> Shape | None:
-    if source == "toy":
-        from trainer.worlds.toy import World
-
-        return shape_of(World(config.toy).model_config(), source)
+    if registry.is_world(source):
+        return shape_of(registry.world(source, config).model_config(), source)
     if _is_path(source) and not Path(source).exists():
         raise ConfigError("no such file or folder", key, source)
     from transformers import AutoConfig

@@ -23,11 +23,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
             )
 
 
-# From parts to token ids, all rows in one call of the tokenizer.
-
-
 def encode_prompts(
-    parts: Sequence[str | Messages], rows: Sequence[tuple[str, Any]], config: Config, tokenizer
+    parts: Sequence[str | Messages],
+    rows: Sequence[tuple[str, Any]],
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[tuple[str, list[int]]]:
     texts, templated = [], []
     for part, (where, _) in zip(parts, rows):
@@ -54,7 +54,9 @@ def encode_prompts(
     return list(zip(texts, encoded))
 
 
-def encode_answers(texts: Sequence[str], config: Config, tokenizer) -> list[list[int]]:
+def encode_answers(
+    texts: Sequence[str], config: Config, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
     if config.data.parse_dialogues:
         texts = [text.strip() for text in texts]
     if not texts:
@@ -63,7 +65,7 @@ def encode_answers(texts: Sequence[str], config: Config, tokenizer) -> list[list
     return [[*each, tokenizer.eos_token_id] for each in ids]
 
 
-def _template(messages: Messages, where: str, tokenizer) -> str:
+def _template(messages: Messages, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(f"{where}: messages, but the tokenizer has no chat template")
     try:

@@ -8,17 +8,11 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.data.errors import DataError, first_line
 
-if TYPE_CHECKING:
-    pass
-
 FILES = (".jsonl", ".jsonl.gz", ".parquet")
-
-
-# Rows of a source, each with the place it came from.
 
 
 def read_rows(source: str, key: str, limit: int) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -20,6 +20,8 @@ from trainer.data.encode import check_tokenizer, encode_answers, encode_prompts,
 from trainer.data.errors import DataError
 from trainer.data.files import read_rows
 from trainer.data.formats import demonstration_of, number, pair_of, pick, prompt_of
+from trainer.worlds import registry
+from trainer.worlds.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,10 +38,9 @@ def load_prompts(config: Config, split: str, tokenizer: PreTrainedTokenizerBase)
     limit = config.data.limit if split == "train" else config.data.eval_limit
     if source == "":
         return []
-    if source == "toy":
-        world = _toy_world(config, key, tokenizer)
-        kinds = {"train": [], "eval": config.toy.domains, "ood": world.shifts}[split]
-        n = len(kinds) * config.eval.samples_per_domain or config.toy.prompts
+    if registry.is_world(source):
+        world = _world(source, config, key, tokenizer)
+        n = world.size(split, config.eval.samples_per_domain)
         return world.prompts(min(n, limit or n), split)
 
     check_tokenizer(tokenizer, config.model.policy)
@@ -58,9 +59,10 @@ def load_demonstrations(
     config: Config, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[list[int], list[int]]]:
     key, source = "demonstrations", config.data.demonstrations
-    if source == "toy":
-        n = config.toy.demonstrations
-        return _toy_world(config, key, tokenizer).demonstrations(min(n, config.data.limit or n))
+    if registry.is_world(source):
+        world = _world(source, config, key, tokenizer)
+        n = world.size("demonstrations", 0)
+        return world.demonstrations(min(n, config.data.limit or n))
 
     check_tokenizer(tokenizer, config.model.policy)
     rows = list(read_rows(source, key, config.data.limit))
@@ -78,8 +80,8 @@ def load_demonstrations(
 
 def load_pairs(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
     key, source = "pairs", config.data.pairs
-    if source == "toy":
-        raise ValueError("the toy world's pairs are sampled from the SFT model, in stage rm")
+    if registry.is_world(source):
+        raise ValueError(f"the pairs of world {source} are sampled from the SFT model, in stage rm")
 
     check_tokenizer(tokenizer, config.model.policy)
     columns = config.data.columns
@@ -121,12 +123,11 @@ def _some(kept: list, rows: int, key: str, source: str) -> list:
     return kept
 
 
-def _toy_world(config: Config, key: str, tokenizer):
-    from trainer.worlds.toy import WORDS, World
-
-    if tokenizer.convert_tokens_to_ids(list(WORDS)) != list(range(len(WORDS))):
+def _world(source: str, config: Config, key: str, tokenizer: PreTrainedTokenizerBase) -> World:
+    world = registry.world(source, config)
+    if not world.speaks(tokenizer):
         raise DataError(
-            f"data.{key}: toy wants the toy world's tokenizer, and model.policy="
+            f"data.{key}: {source} wants the {source} world's tokenizer, and model.policy="
             f"{config.model.policy} has another"
         )
-    return World(config.toy)
+    return world

@@ -6,6 +6,7 @@ Rank 0 reads; the other ranks get their part from it.
 from __future__ import annotations
 
 import contextlib
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -20,13 +21,17 @@ from transformers import (
 )
 
 from trainer import parallel
-from trainer.config import ConfigError
+from trainer.config import Config, ConfigError
 from trainer.models.critic import Critic
 from trainer.models.packing import kernel, use_packed
 from trainer.models.policy import Policy
 from trainer.models.reward import RewardModel
 from trainer.models.saving import quietly
 from trainer.models.sources import policy_source, reward_source
+from trainer.runs.folder import RunFolder
+from trainer.worlds import registry
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def gather(policy: Policy, dtype: torch.dtype, into: Policy | None) -> Policy:
@@ -46,32 +51,31 @@ def gather(policy: Policy, dtype: torch.dtype, into: Policy | None) -> Policy:
     return into
 
 
-def load_tokenizer(source: str, config) -> PreTrainedTokenizerBase:
-    if source == "toy":
-        from trainer.worlds.toy import World
-
-        return World(config.toy).tokenizer()
+def load_tokenizer(source: str, config: Config) -> PreTrainedTokenizerBase:
+    if registry.is_world(source):
+        return registry.world(source, config).tokenizer()
     with quietly():
         return AutoTokenizer.from_pretrained(
             source, trust_remote_code=config.model.trust_remote_code
         )
 
 
-def load_policy(source: str, config, offload: bool = False) -> Policy:
+def load_policy(source: str, config: Config, offload: bool = False) -> Policy:
     """`offload`: weights wait in the CPU's memory and visit the GPU block by block."""
     return prepare(_policy(source, config), config, offload)
 
 
-def _policy(source: str, config) -> Policy:
-    if source == "toy":
-        from trainer.worlds.toy import World
-
-        return Policy(World(config.toy).model(config.run.seed))
+def _policy(source: str, config: Config) -> Policy:
+    if registry.is_world(source):
+        return Policy(registry.world(source, config).model(config.run.seed))
     return Policy(_load(AutoModelForCausalLM, source, config))
 
 
 def load_reward_model(
-    source: str, config, head: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    source: str,
+    config: Config,
+    head: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> RewardModel:
     """A reward model; or, from a causal language model's folder, one with a new score layer, which
     takes its pad token from the tokenizer."""
@@ -79,18 +83,25 @@ def load_reward_model(
 
 
 def _reward_model(
-    source: str, config, head: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    source: str,
+    config: Config,
+    head: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> RewardModel:
     torch.manual_seed(config.run.seed)  # the new layer's weights
-    if source == "toy":
-        raise ConfigError("toy: a reward model starts from the model of stage sft", "model.policy")
+    if registry.is_world(source):
+        raise ConfigError(
+            f"{source}: a reward model starts from the model of stage sft", "model.policy"
+        )
     model = _load(AutoModelForSequenceClassification, source, config, num_labels=1)
     if tokenizer is not None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return RewardModel(model, head)
 
 
-def load_scoring_model(config, run) -> tuple[RewardModel | None, PreTrainedTokenizerBase | None]:
+def load_scoring_model(
+    config: Config, run: RunFolder
+) -> tuple[RewardModel | None, PreTrainedTokenizerBase | None]:
     """The frozen reward model and its own tokenizer; none where functions alone give the reward."""
     if config.reward.model_weight == 0:
         return None, None
@@ -98,10 +109,10 @@ def load_scoring_model(config, run) -> tuple[RewardModel | None, PreTrainedToken
     return frozen(load_reward_model(source, config)), load_tokenizer(source, config)
 
 
-def make_critic(config, run, policy: Policy, groups) -> Critic | None:
+def make_critic(config: Config, run: RunFolder, policy: Policy, num_groups: int) -> Critic | None:
     """From the reward model's or the policy's backbone, or from a path. None where neither values
     nor a group head are asked for."""
-    if not (config.ppo.has_critic or groups.has_head):
+    if not (config.ppo.has_critic or config.groups.has_head):
         return None
     source = config.model.critic
     if source == "reward" and config.reward.model_weight:
@@ -117,14 +128,14 @@ def make_critic(config, run, policy: Policy, groups) -> Critic | None:
         body = _policy(source if named else policy_source(config, run), config).model.base_model
     torch.manual_seed(config.run.seed)  # the new heads' weights
     hidden_size = body.config.get_text_config().hidden_size
-    return prepare(Critic(body, hidden_size, groups.num, config.groups.on), config)
+    return prepare(Critic(body, hidden_size, num_groups, config.groups.on), config)
 
 
-def frozen(module: nn.Module) -> nn.Module:
+def frozen(module: M) -> M:
     return module.requires_grad_(False).eval()
 
 
-def prepare(module: nn.Module, config, offload: bool = False) -> nn.Module:
+def prepare(module: M, config: Config, offload: bool = False) -> M:
     """The one place where a finished model meets the machine: device, and later its shards.
 
     Dropout is off: it would make the log-probabilities of training and sampling those of two
@@ -147,20 +158,20 @@ def prepare(module: nn.Module, config, offload: bool = False) -> nn.Module:
     return parallel.place(module, config, offload).eval()
 
 
-def packs(config) -> bool:
+def packs(config: Config) -> bool:
     """auto: on a GPU, where padding costs time; a CPU has small batches of like lengths anyway."""
     wanted = {"on": True, "off": False}.get(config.model.packing)
     return parallel.device().type == "cuda" if wanted is None else wanted
 
 
-def describe_attention(config) -> str:
+def describe_attention(config: Config) -> str:
     if not packs(config):
         return f"padded sequences, attention {config.model.attention}"
     which = kernel(parallel.device().type, getattr(torch, config.model.dtype))
     return f"packed sequences, attention {which}"
 
 
-def _load(auto, source: str, config, **options) -> PreTrainedModel:
+def _load(auto, source: str, config: Config, **options) -> PreTrainedModel:
     """Rank 0 reads the weights; the others build a model without storage and get theirs from it."""
     common = {
         "attn_implementation": config.model.attention,

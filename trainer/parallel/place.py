@@ -15,10 +15,11 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import distribute_tensor
 
+from trainer.config import Config
 from trainer.parallel.ranks import device, is_main, mesh, world_size
 
 
-def place(module: nn.Module, config, offload: bool = False) -> nn.Module:
+def place(module: nn.Module, config: Config, offload: bool = False) -> nn.Module:
     """A finished model onto this rank's device, or with several ranks its shards (FSDP2).
 
     The model of rank 0 counts: its weights and buffers go to the others, which may have built

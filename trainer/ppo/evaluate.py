@@ -10,9 +10,11 @@ model.reference names another.
 from __future__ import annotations
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from trainer import parallel
 from trainer.batch.types import Prompt
+from trainer.config import Config
 from trainer.data.sources import load_prompts
 from trainer.models.critic import Critic
 from trainer.models.policy import Policy
@@ -25,7 +27,12 @@ from trainer.rollout.engine import Engine, Rollout, check_logprobs
 
 class Evaluator:
     def __init__(
-        self, config, tokenizer, engine: Engine, scorer: Scorer, reference: Policy
+        self,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        engine: Engine,
+        scorer: Scorer,
+        reference: Policy,
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.engine, self.scorer, self.reference = engine, scorer, reference

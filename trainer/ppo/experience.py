@@ -5,15 +5,94 @@ S sequences, T padded answer tokens. Every tensor here is a constant to autograd
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 import gikernels
-from trainer.ppo.forward import Forward
+from trainer.config import Config
+from trainer.ppo.build import Setup
+from trainer.ppo.draw import Answers, focused
+from trainer.ppo.forward import Forward, Look
+from trainer.ppo.groups import performance
+from trainer.runs.loop import Metrics
+
+
+@dataclass(frozen=True)
+class Batch:
+    """An iteration's answers, and all that was known of them before any update."""
+
+    answers: Answers
+    raw: dict[str, Tensor]  # (S) each: "total", and what it is made of
+    scores: Tensor  # (S) what the policy is rewarded with: normalised and clipped
+    forward: Forward
+    importance: Tensor  # (S, T)
+    probs: Tensor  # (S, M) p_ig
+    kl_coef: Tensor  # (S) eta_i
+    experience: gikernels.Experience
+    performance: Tensor  # (S) R_i
+    labels: Tensor | None  # (S) targets of the head: the exact partition
+    learns_values: bool
+
+    @property
+    def mask(self) -> Tensor:  # (S, T) bool
+        return self.answers.sequences.mask
+
+    def metrics(self) -> Metrics:
+        seq_kl, parts = self.experience.seq_kl, {**self.raw}
+        out = {
+            "objective/scores": mean(parts.pop("total")),
+            "objective/rlhf_reward": mean(self.scores - self.kl_coef * seq_kl),
+            "objective/kl": mean(seq_kl),
+            "objective/kl_coef": mean(self.kl_coef),
+            "objective/entropy": mean(self.forward.entropy[self.mask]),
+        }
+        out |= {f"reward/{name}": mean(part) for name, part in parts.items()}
+        if self.forward.values is not None and self.learns_values:
+            out["value/explained_var"] = explained_variance(
+                self.forward.values, self.experience.returns, self.mask
+            )
+        return out
+
+
+def assess(t: Setup, answers: Answers, raw: dict[str, Tensor], seen: Look, step: int) -> Batch:
+    """Who belongs to which group, what that does to the KL penalty, and what an answer is worth."""
+    config, groups, normaliser = t.config, t.signals.groups, t.signals.normaliser
+    forward, total = seen.forward, raw["total"]
+    normaliser.observe(total)
+    scores = normaliser(total)
+    returns = performance(
+        config.groups.compared,
+        scores,
+        total,
+        t.signals.reference_scores.of(answers.chosen, answers.samples),
+        normaliser.scale,
+    )
+    if not focused(t, step):
+        groups.cut(forward.group_logits)
+    probs = groups.observe(groups.probs(forward.group_logits, answers.prompts), returns)
+    kl_coef = groups.kl_coefs(probs)
+    exp = estimate(config, forward, scores, answers.sequences.mask, kl_coef, probs, answers.samples)
+    if config.groups.returns == "penalised":
+        returns = returns - kl_coef * exp.seq_kl
+    return Batch(
+        answers=answers,
+        raw=raw,
+        scores=scores,
+        forward=forward,
+        importance=seen.importance,
+        probs=probs,
+        kl_coef=kl_coef,
+        experience=exp,
+        performance=returns,
+        labels=groups.labels(returns),
+        learns_values=config.ppo.has_critic,
+    )
 
 
 def estimate(
-    config,
+    config: Config,
     forward: Forward,
     scores: Tensor,  # (S) normalised
     mask: Tensor,  # (S, T) bool
@@ -76,3 +155,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
         return (x[mask].double() - x[mask].double().mean()).square().sum()
 
     return float(1 - spread(returns - values) / spread(returns).clamp(min=1e-12))
+
+
+def mean(x: Tensor) -> float:
+    return float(x.double().mean())

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from trainer import parallel
 from trainer.batch.sequences import Sequences, forward_all
+from trainer.config import Config
 from trainer.models.critic import Critic
 from trainer.models.policy import Policy
-from trainer.rollout.engine import Engine, Rollout, check_logprobs
+from trainer.rollout.engine import Engine, Rollout, check_logprobs, importance_weights
 
 
 class Forward(NamedTuple):
@@ -30,7 +31,7 @@ class Forward(NamedTuple):
 
 
 def forward_models(
-    config, policy: Policy, reference: Policy, critic: Critic | None, sequences: Sequences
+    config: Config, policy: Policy, reference: Policy, critic: Critic | None, sequences: Sequences
 ) -> Forward:
     budget = config.trainer.tokens_per_microbatch
     temperature = config.rollout.temperature
@@ -50,8 +51,41 @@ def forward_models(
     return Forward(logprobs, entropy, ref_logprobs, kl[0] if kl else None, values, group_logits)
 
 
+class Look(NamedTuple):
+    """The models' view of a rollout, and how far the engine's word is from it."""
+
+    forward: Forward
+    importance: Tensor  # (S, T): what makes up for the engine's rounding, 1 where it is not asked
+    metrics: dict[str, float]
+
+    @property
+    def finite(self) -> dict[str, Tensor | None]:
+        """What a guard has to look at."""
+        return {"values": self.forward.values, "group logits": self.forward.group_logits}
+
+
+def look(
+    config: Config,
+    policy: Policy,
+    reference: Policy,
+    critic: Critic | None,
+    rollout: Rollout,
+    engine: Engine,
+) -> Look:
+    """Raises where the engine did not sample from this policy."""
+    forward = forward_models(config, policy, reference, critic, rollout.sequences)
+    bound = config.rollout.logprob_bound
+    mismatch = check_logprobs(rollout, forward.logprobs, bound, engine.synced)
+    importance, metrics = importance_weights(
+        rollout, forward.logprobs, config.ppo.importance, config.ppo.importance_cap
+    )
+    synced = engine.synced.bytes if engine.synced else 0
+    metrics |= {"rollout/logprob_diff_max": mismatch, "perf/sync_bytes": synced}
+    return Look(forward, importance, metrics)
+
+
 def check_engine(
-    config, engine: Engine, rollout: Rollout, policy: Policy, most: int = 256
+    config: Config, engine: Engine, rollout: Rollout, policy: Policy, most: int = 256
 ) -> float:
     """check_logprobs for rollouts whose log-probabilities nothing else computes: of the first
     answers."""

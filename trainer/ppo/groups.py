@@ -24,11 +24,12 @@ from torch import Tensor
 
 import gikernels
 from trainer import parallel
+from trainer.config import Config
 from trainer.data.errors import DataError
 
 
 class Groups:
-    def __init__(self, config, prompts: list) -> None:
+    def __init__(self, config: Config, prompts: list) -> None:
         self.config, self.kl = config.groups, config.kl
         self.seed = config.run.seed
         self.inference = config.groups.inference

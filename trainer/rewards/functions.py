@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trainer.config import Config
+
 
 class RewardError(ValueError):
     """One line: which reward function, and what it did."""
@@ -65,7 +67,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def load_functions(config) -> dict[str, tuple[RewardFunction, float]]:
+def load_functions(config: Config) -> dict[str, tuple[RewardFunction, float]]:
     """name -> (function, weight)."""
     return {
         each.label: (RewardFunction(each.function, f"reward.functions[{i}]"), each.weight)
@@ -73,7 +75,7 @@ def load_functions(config) -> dict[str, tuple[RewardFunction, float]]:
     }
 
 
-def check_functions(config, prompts) -> None:
+def check_functions(config: Config, prompts) -> None:
     """Call every reward function once, on prompts and an empty answer, before a run begins."""
     some = prompts[:2]
     for function, _ in load_functions(config).values():

@@ -7,20 +7,20 @@ from torch import Tensor
 
 from trainer.batch.sequences import Sequences
 from trainer.batch.types import Prompt
+from trainer.config import Config
+from trainer.worlds import registry
+from trainer.worlds.world import World
 
 
 class Judge:
-    """Gold rewards by program, where the data are the toy world's."""
-
-    def __init__(self, config) -> None:
-        from trainer.worlds.toy import World
-
-        self.world = World(config.toy)
+    def __init__(self, world: World) -> None:
+        self.world = world
 
     def __call__(self, prompts: list[Prompt], sequences: Sequences) -> Tensor:  # (S)
         gold = [self.world.gold(p.ids, answer) for p, answer in zip(prompts, sequences.answers())]
         return torch.tensor(gold, device=sequences.tokens.device)
 
 
-def make_judge(config, source: str) -> Judge | None:
-    return Judge(config) if source == "toy" else None
+def make_judge(config: Config, source: str) -> Judge | None:
+    """Of prompts from this source, where it is a world."""
+    return Judge(registry.world(source, config)) if registry.is_world(source) else None

@@ -7,12 +7,13 @@ from torch import Tensor
 
 import gikernels
 from trainer import parallel
+from trainer.config import Config
 
 
 class Normaliser:
     """Divides by the running standard deviation of all scores so far, then clips."""
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
         zero = torch.zeros(1, device=parallel.device())
         self.stats = gikernels.GroupStats(zero, zero, zero)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from trainer import parallel
 from trainer.batch.sequences import Sequences, forward_all
+from trainer.config import Config
 from trainer.models.reward import RewardModel
 from trainer.rewards.functions import load_functions
 
@@ -14,7 +16,13 @@ from trainer.rewards.functions import load_functions
 class Scorer:
     """Raw scores of answers, each component beside the weighted total."""
 
-    def __init__(self, config, tokenizer, model: RewardModel | None, model_tokenizer=None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        model: RewardModel | None,
+        model_tokenizer=None,
+    ) -> None:
         self.config, self.tokenizer, self.model = config, tokenizer, model
         # None: the reward model reads the policy's token ids as they are.
         same = model_tokenizer is None or model_tokenizer.get_vocab() == tokenizer.get_vocab()

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from trainer import parallel
 from trainer.batch.sequences import Sequences
@@ -126,7 +127,7 @@ def importance_weights(
     return weights.to(logprobs.dtype), metrics
 
 
-def end_tokens(tokenizer, policy) -> set[int]:
+def end_tokens(tokenizer: PreTrainedTokenizerBase, policy) -> set[int]:
     """What ends an answer: EOS, and what the model's own generation settings name beside it."""
     model = policy.model
     named = model.generation_config.eos_token_id if model.can_generate() else None

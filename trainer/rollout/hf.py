@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from trainer import parallel
+from trainer.config import Config
 from trainer.models import loading
 from trainer.models.policy import Policy
 from trainer.rollout.engine import Rollout, Sync, end_tokens, gathered, next_sync
 
 
 class HuggingFaceEngine:
-    def __init__(self, config, tokenizer) -> None:
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config, self.tokenizer, self.pad = config, tokenizer, tokenizer.pad_token_id
         self.eos: set[int] = set()
         self.policy: Policy | None = None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from transformers import PreTrainedTokenizerBase
+
+from trainer.config import Config
 from trainer.rollout.engine import Engine
 
 
-def make_engine(config, tokenizer) -> Engine:
+def make_engine(config: Config, tokenizer: PreTrainedTokenizerBase) -> Engine:
     if config.rollout.engine == "hf":
         from trainer.rollout.hf import HuggingFaceEngine
 

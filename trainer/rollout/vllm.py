@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from trainer import parallel
-from trainer.config import ConfigError
+from trainer.config import Config, ConfigError
 from trainer.models.policy import Policy
 from trainer.rollout.engine import Rollout, Sync, end_tokens, gathered, next_sync
 from trainer.rollout.watchdog import Watchdog
@@ -53,7 +54,7 @@ class Answer:
 
 
 class VllmEngine:
-    def __init__(self, config, tokenizer) -> None:
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.dtype = getattr(torch, config.model.dtype)
         self.vllm: Vllm | None = None  # from the first sync on, which brings the model's shape
@@ -166,7 +167,7 @@ class _OneClearError:
 _running: dict[tuple, Vllm] = {}
 
 
-def start(policy: Policy, tokenizer, config) -> Vllm:
+def start(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: Config) -> Vllm:
     """One engine serves every stage of a process: it takes long to start, and vLLM's allocator of
     memory that can sleep allows no second one."""
     key = (
@@ -184,7 +185,7 @@ def start(policy: Policy, tokenizer, config) -> Vllm:
 class Vllm:
     """vLLM's interface, as far as it is used here."""
 
-    def __init__(self, policy: Policy, tokenizer, config) -> None:
+    def __init__(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
         rollout, self.on_gpu = config.rollout, parallel.device().type == "cuda"
         # In this process: that is where the weights are, and what dies here is seen here.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -317,7 +318,7 @@ def _write_shape(policy: Policy, folder: str) -> None:
     config.save_pretrained(folder)
 
 
-def _cache_bytes(shape, longest: int, config) -> int:
+def _cache_bytes(shape, longest: int, config: Config) -> int:
     """Room for `rollout.batch` answers of full length; vLLM cuts the cache into blocks of 128 on a
     CPU."""
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads

@@ -12,8 +12,6 @@ import torch
 
 from trainer import parallel
 
-# --- sums, times ---------------------------------------------------------------------------------
-
 
 class Averages:
     """Means over the updates of a step; what is added is already a global mean of its own."""
@@ -35,6 +33,8 @@ class Averages:
 
     def means(self) -> dict[str, float]:
         names = list(self.sums)
+        if not names:
+            return {}
         device = parallel.device()
         sums = [torch.as_tensor(self.sums[n], dtype=torch.float64, device=device) for n in names]
         totals = parallel.all_sum(torch.stack(sums)).tolist()

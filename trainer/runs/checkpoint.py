@@ -30,6 +30,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from trainer import parallel
+from trainer.config import Config
 from trainer.runs.console import say
 from trainer.runs.faults import Guard, RunError, Stopped, StopSignal
 from trainer.runs.folder import RunFolder
@@ -130,7 +131,9 @@ class Checkpoints:
     Leaving waits for a checkpoint that is still being written in the background.
     """
 
-    def __init__(self, config, run: RunFolder, stage: str, state: TrainState, resume: bool) -> None:
+    def __init__(
+        self, config: Config, run: RunFolder, stage: str, state: TrainState, resume: bool
+    ) -> None:
         self.config, self.state, self.stage = config.trainer, state, stage
         self.folder = run.checkpoints(stage)
         self.stop = StopSignal()

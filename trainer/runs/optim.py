@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import parallel
+from trainer.config import Ppo, Rm, Sft
 from trainer.runs.faults import Guard
 
 
@@ -38,6 +39,26 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(options, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
         self.guard, self.name = guard or Guard(limit=1), name
         self.grad_clip, self.warmup, self.decay_until = grad_clip, warmup, decay_until
+
+    @classmethod
+    def of(
+        cls,
+        settings: Sft | Rm | Ppo,
+        groups: list[tuple[float, Iterable[nn.Parameter]]],
+        guard: Guard,
+        name: str,
+        decay_until: int = 0,
+    ) -> Optimizer:
+        """With a stage's decay, clipping and warm-up."""
+        return cls(
+            groups,
+            weight_decay=settings.weight_decay,
+            grad_clip=settings.grad_clip,
+            warmup=settings.warmup,
+            decay_until=decay_until,
+            guard=guard,
+            name=name,
+        )
 
     def step(self, step: int, loss: Tensor | None = None) -> Tensor:
         """Clip, update, forget the gradients; returns the gradient's norm before clipping.

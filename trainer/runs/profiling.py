@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 from trainer import parallel
+from trainer.config import Config
 from trainer.runs.console import say
 from trainer.runs.folder import RunFolder
 
 
 @contextmanager
-def profiled(config, run: RunFolder, stage: str, step: int) -> Iterator[None]:
+def profiled(config: Config, run: RunFolder, stage: str, step: int) -> Iterator[None]:
     """Around a step, counted from 1; does nothing but for the steps that are asked for."""
     asked = config.trainer.profile and step in config.trainer.profile_steps
     if not (asked and parallel.is_main()):

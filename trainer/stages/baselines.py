@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 
 from trainer import parallel
+from trainer.config import Config
 from trainer.models import sources
 from trainer.ppo import loop
 from trainer.runs.console import say
@@ -23,7 +24,7 @@ from trainer.runs.folder import RunFolder
 
 
 @contextmanager
-def running(config, run: RunFolder, resume: bool = False) -> Iterator[None]:
+def running(config: Config, run: RunFolder, resume: bool = False) -> Iterator[None]:
     """The main run's PPO goes inside; on leaving, all baselines have ended."""
     waiting = list(config.baselines)
     if not waiting:
@@ -67,7 +68,9 @@ def running(config, run: RunFolder, resume: bool = False) -> Iterator[None]:
             process.terminate()
 
 
-def _start(config, run: RunFolder, name: str, threads: int, resume: bool) -> subprocess.Popen:
+def _start(
+    config: Config, run: RunFolder, name: str, threads: int, resume: bool
+) -> subprocess.Popen:
     folder = run.baseline(name)
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.config.write_text(_inner(config, run, name, threads).to_yaml())
@@ -82,7 +85,7 @@ def _start(config, run: RunFolder, name: str, threads: int, resume: bool) -> sub
         )
 
 
-def _inner(config, run: RunFolder, name: str, threads: int):
+def _inner(config: Config, run: RunFolder, name: str, threads: int):
     inner = config.baseline(name)
     output = str(run.baseline(name).path)
     return dataclasses.replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trainer.config import Config
 from trainer.models import loading, sources
 from trainer.ppo.evaluate import Evaluator, few_of_each_domain
 from trainer.rewards.scorer import Scorer
@@ -11,7 +12,7 @@ from trainer.runs.folder import RunFolder
 from trainer.runs.log import MetricsLog
 
 
-def run(config, run: RunFolder, resume: bool = False) -> None:
+def run(config: Config, run: RunFolder, resume: bool = False) -> None:
     """`gi eval`: the policy that this run made, or the one that the configuration names."""
     start, anchor = sources.policy_source(config, run), sources.reference_source(config, run)
     made = run.model("policy")

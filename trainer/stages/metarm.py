@@ -29,12 +29,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 import gikernels
 from trainer import parallel
 from trainer.batch.order import batch_indices
 from trainer.batch.sequences import Sequences, pieces
 from trainer.batch.types import Pair, Prompt
+from trainer.config import Config
 from trainer.data.sources import load_prompts
 from trainer.models import loading, sources
 from trainer.models.policy import Policy
@@ -46,20 +48,20 @@ from trainer.rewards.judge import make_judge
 from trainer.rollout.engine import Rollout
 from trainer.rollout.make import make_engine
 from trainer.runs.averages import Averages, Timer
-from trainer.runs.checkpoint import Checkpoints, TrainState, finished, mark_finished
-from trainer.runs.console import progress, say
+from trainer.runs.checkpoint import TrainState, finished, mark_finished
+from trainer.runs.console import say
 from trainer.runs.faults import Guard
 from trainer.runs.folder import RunFolder
 from trainer.runs.log import MetricsLog
+from trainer.runs.loop import Metrics, Stage, train
 from trainer.runs.optim import Optimizer
-from trainer.runs.profiling import profiled
 from trainer.stages import reward_model
 
 STAGE, ROUND = "metarm", "round"
 """Names of marks: a round's reward model is trained; a round is over."""
 
 
-def run(config, run: RunFolder, resume: bool = False) -> None:
+def run(config: Config, run: RunFolder, resume: bool = False) -> None:
     rounds = config.metarm.rounds
     keep_beginning(run)
     done = 0
@@ -79,11 +81,11 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
         for n in range(done + 1, rounds + 1):
             before, after = run.round(n - 1), run.round(n)
             say(f"metarm round {n} of {rounds}: {config.metarm.variant}")
-            train_reward_model(t, n, before, after, resume)
+            if not (resume and finished(after, STAGE, config.metarm.steps)):
+                train(config, after, Round(t, n, before, after), resume)
             metrics = compare(t, before, after, now)
             inner = round_config(t, n)
-            if not (resume and finished(after, "ppo", inner.ppo.steps)):
-                loop.train(inner, after, resume)
+            loop.run(inner, after, resume)
             now = sample_test(t, str(after.model("policy")))
             metrics |= standing(t, after, now)
             log.write(STAGE, n, metrics)
@@ -93,60 +95,61 @@ def run(config, run: RunFolder, resume: bool = False) -> None:
             parallel.barrier()
 
 
-def train_reward_model(t: Setup, n: int, before: RunFolder, after: RunFolder, resume: bool) -> None:
-    """From the round's before; on the pairs, with an eye on answers of the policy as it is now."""
-    config, settings, seed = t.config, t.config.metarm, t.config.run.seed
-    if resume and finished(after, STAGE, settings.steps):
-        return
-    answers = sample_meta(t, str(before.model("policy")), n)
-    model = loading.load_reward_model(str(before.model("rm")), t.precise).train()
-    guard = Guard(config.trainer.max_skipped)
-    optimizer = Optimizer(
-        [(settings.lr, model.parameters())],
-        weight_decay=config.rm.weight_decay,
-        grad_clip=config.rm.grad_clip,
-        warmup=config.rm.warmup,
-        decay_until=settings.steps,
-        guard=guard,
-        name="reward model",
-    )
-    state = TrainState({"reward": model}, {"reward": optimizer}, {"guard": guard})
-    with (
-        Checkpoints(config, after, STAGE, state, resume) as checkpoints,
-        MetricsLog(after, (STAGE,), state.step, config.trainer.log) as log,
-        progress(STAGE, settings.steps, state.step, config.trainer.progress) as show,
-    ):
-        while state.step < settings.steps:
-            timer, averages, step = Timer(), Averages(), state.step
-            with timer("data"):
-                indices = batch_indices(len(t.pairs), config.rm.batch, step, seed, "metarm", n)
-                pairs = [t.pairs[i] for i in indices]
-                both = reward_model.both_answers(pairs, t.tokenizer.pad_token_id)
-                prompts = batch_indices(
-                    settings.meta_prompts, settings.meta_batch, step, seed, "meta answers", n
-                )
-                where = torch.tensor(prompts, device=parallel.device())
-                meta = answers.rows(rows_of(where, settings.samples))
-            with timer("train"), profiled(config, after, STAGE, step + 1):
-                meta_step(t.precise, model, pairs, both, meta, averages)
-                norm = optimizer.step(step, averages.open["rm/loss"])
-                averages.add("rm", {"grad_norm": norm / parallel.world_size()})
-                averages.update("rm")
-                averages.update(STAGE)
-                metrics = averages.means()
-            state.step += 1
-            metrics["rm/lr"] = settings.lr * optimizer.factor(step)
-            metrics["guard/skipped"] = guard.skipped
-            metrics.update(timer.metrics(int(both.lengths.sum() + meta.lengths.sum())))
-            log.write(STAGE, state.step, metrics)
-            show({"loss": metrics["rm/loss"], "spread": metrics["metarm/spread"]})
-            checkpoints.after_step(log, metrics, guard)
-        model.save(after.model("rm"), t.tokenizer)
-        checkpoints.end()
+class Round(Stage):
+    """A round's reward model, from the one before: on the pairs, with an eye on answers of the
+    policy as it is now."""
+
+    name = STAGE
+
+    def __init__(self, t: Setup, n: int, before: RunFolder, after: RunFolder) -> None:
+        settings = t.config.metarm
+        self.t, self.n, self.after, self.steps = t, n, after, settings.steps
+        self.answers = sample_meta(t, str(before.model("policy")), n)
+        self.model = loading.load_reward_model(str(before.model("rm")), t.precise).train()
+        self.guard = Guard(t.config.trainer.max_skipped)
+        self.optimizer = Optimizer.of(
+            t.config.rm,
+            [(settings.lr, self.model.parameters())],
+            self.guard,
+            "reward model",
+            decay_until=settings.steps,
+        )
+        self.state = TrainState(
+            {"reward": self.model}, {"reward": self.optimizer}, {"guard": self.guard}
+        )
+
+    def step(self, step: int) -> Metrics:
+        t, timer, averages = self.t, Timer(), Averages()
+        settings, seed = t.config.metarm, t.config.run.seed
+        with timer("data"):
+            size = t.config.rm.batch
+            indices = batch_indices(len(t.pairs), size, step, seed, "metarm", self.n)
+            pairs = [t.pairs[i] for i in indices]
+            both = reward_model.both_answers(pairs, t.tokenizer.pad_token_id)
+            prompts = batch_indices(
+                settings.meta_prompts, settings.meta_batch, step, seed, "meta answers", self.n
+            )
+            where = torch.tensor(prompts, device=parallel.device())
+            meta = self.answers.rows(rows_of(where, settings.samples))
+        with timer("train"):
+            meta_step(t.precise, self.model, pairs, both, meta, averages)
+            norm = self.optimizer.step(step, averages.open["rm/loss"])
+            averages.add("rm", {"grad_norm": norm / parallel.world_size()})
+            averages.update("rm")
+            averages.update(STAGE)
+            metrics = averages.means()
+        metrics["rm/lr"] = settings.lr * self.optimizer.factor(step)
+        return metrics | timer.metrics(int(both.lengths.sum() + meta.lengths.sum()))
+
+    def headline(self, metrics: Metrics) -> Metrics:
+        return {"loss": metrics["rm/loss"], "spread": metrics["metarm/spread"]}
+
+    def save(self) -> None:
+        self.model.save(self.after.model("rm"), self.t.tokenizer)
 
 
 def meta_step(
-    config,
+    config: Config,
     model: RewardModel,
     pairs: list[Pair],
     both: Sequences,  # their answers, as `reward.both_answers` puts them
@@ -155,7 +158,7 @@ def meta_step(
 ) -> None:
     """Leaves in .grad what the optimiser descends, and theta as it was."""
     variant, eta = config.metarm.variant, config.metarm.step
-    ascent = contextlib.nullcontext()
+    ascent: contextlib.AbstractContextManager = contextlib.nullcontext()
     if variant == "none":
         backward_spread(config, model, meta, 0.0, averages)
     elif variant == "additive":
@@ -170,7 +173,7 @@ def meta_step(
 
 
 def backward_spread(
-    config, model: RewardModel, meta: Sequences, weight: float, averages: Averages
+    config: Config, model: RewardModel, meta: Sequences, weight: float, averages: Averages
 ) -> None:
     """Adds weight * grad J; 0: J is only looked at. A prompt's answers stay in one micro-batch."""
     k = config.metarm.samples
@@ -191,23 +194,20 @@ def rows_of(prompts: Tensor, samples: int) -> Tensor:
     return (prompts.unsqueeze(1) * samples + torch.arange(samples).to(prompts)).flatten()
 
 
-# --- what a round works with ----------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Setup:
-    config: object
-    precise: object  # the same, with the precision of the meta step
+    config: Config
+    precise: Config  # the same, with the precision of the meta step
     run: RunFolder
     sft: str  # what the KL penalty holds on to
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     pairs: list[Pair]
     held_out: list[Pair]
     meta_prompts: list[Prompt]  # answered for training
     test_prompts: list[Prompt]  # answered for measuring
 
     @staticmethod
-    def of(config, run: RunFolder) -> Setup:
+    def of(config: Config, run: RunFolder) -> Setup:
         sft = sources.reference_source(config, run)
         tokenizer = loading.load_tokenizer(sft, config)
         pairs, held_out = reward_model.split_pairs(config, run, tokenizer, again=False)
@@ -231,7 +231,7 @@ class Setup:
         )
 
 
-def precise(config):
+def precise(config: Config):
     """The configuration that the meta step computes with."""
     model = dataclasses.replace(config.model, dtype=config.metarm.dtype)
     return dataclasses.replace(config, model=model)
@@ -297,9 +297,6 @@ def deploy_here(made: RunFolder, run: RunFolder) -> None:
         shutil.copytree(made.model(name), aside)
         shutil.rmtree(run.model(name), ignore_errors=True)
         aside.rename(run.model(name))
-
-
-# --- answers, and what is measured on them --------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trainer.config import Config
 from trainer.ppo import loop
 from trainer.runs.console import say
 from trainer.runs.folder import RunFolder
@@ -9,7 +10,7 @@ from trainer.runs.table import final_table
 from trainer.stages import baselines
 
 
-def run(config, run: RunFolder, resume: bool = False) -> None:
+def run(config: Config, run: RunFolder, resume: bool = False) -> None:
     with baselines.running(config, run, resume):
         loop.run(config, run, resume)
     title = "group-invariant" if config.groups.active else "PPO"

@@ -14,12 +14,14 @@ import json
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 import gikernels
 from trainer import parallel
 from trainer.batch.order import batch_indices
 from trainer.batch.sequences import Piece, Sequences, forward_all, pieces
 from trainer.batch.types import Pair
+from trainer.config import Config, Rm
 from trainer.data.errors import DataError
 from trainer.data.sources import load_pairs
 from trainer.models import loading, sources
@@ -28,79 +30,88 @@ from trainer.models.reward import RewardModel
 from trainer.ppo.forward import check_engine
 from trainer.rollout.make import make_engine
 from trainer.runs.averages import Averages, Timer
-from trainer.runs.checkpoint import Checkpoints, TrainState, finished
-from trainer.runs.console import progress, say
+from trainer.runs.checkpoint import TrainState
+from trainer.runs.console import say
 from trainer.runs.faults import Guard
 from trainer.runs.folder import RunFolder
-from trainer.runs.log import MetricsLog, read_lines
+from trainer.runs.log import read_lines
+from trainer.runs.loop import Metrics, Stage, done, train
 from trainer.runs.optim import Optimizer
-from trainer.runs.profiling import profiled
+from trainer.worlds import registry
 
 
-def run(config, run: RunFolder, resume: bool = False) -> None:
-    seed, settings = config.run.seed, config.rm
-    if resume and finished(run, "rm", settings.steps):
-        say("rm     is done")
-        return
-    start = sources.policy_source(config, run)
-    tokenizer = loading.load_tokenizer(start, config)
-    pairs, validation = split_pairs(config, run, tokenizer, again=not resume)
-    model = loading.load_reward_model(start, config, settings.head, tokenizer).train()
-    guard = Guard(config.trainer.max_skipped)
-    optimizer = Optimizer(
-        [(settings.lr, model.parameters())],
-        weight_decay=settings.weight_decay,
-        grad_clip=settings.grad_clip,
-        warmup=settings.warmup,
-        decay_until=settings.steps,
-        guard=guard,
-        name="reward model",
-    )
-    state = TrainState({"reward": model}, {"reward": optimizer}, {"guard": guard})
-    with (
-        Checkpoints(config, run, "rm", state, resume) as checkpoints,
-        MetricsLog(run, ("rm",), state.step, config.trainer.log) as log,
-        progress("rm", settings.steps, state.step, config.trainer.progress) as show,
-    ):
-        while state.step < settings.steps:
-            timer, averages = Timer(), Averages()
-            with timer("data"):
-                indices = batch_indices(len(pairs), settings.batch, state.step, seed)
-                batch = [pairs[i] for i in indices]
-                sequences = both_answers(batch, tokenizer.pad_token_id)
-            with timer("train"), profiled(config, run, "rm", state.step + 1):
-                backward(config, model, batch, sequences, averages)
-                norm = optimizer.step(state.step, averages.open["rm/loss"])
-                averages.add("rm", {"grad_norm": norm / parallel.world_size()})
-                averages.update("rm")
-                metrics = averages.means()
-            state.step += 1
-            metrics["rm/lr"] = settings.lr * optimizer.factor(state.step - 1)
-            metrics["guard/skipped"] = guard.skipped
-            metrics.update(timer.metrics(int(sequences.lengths.sum())))
-            last = state.step == settings.steps
-            if validation and (last or state.step % max(1, settings.steps // 5) == 0):
-                metrics["rm/validation_accuracy"] = accuracy(config, model, validation, tokenizer)
-            log.write("rm", state.step, metrics)
-            show({"loss": metrics["rm/loss"], "accuracy": metrics["rm/accuracy"]})
-            checkpoints.after_step(log, metrics, guard)
-        if validation:
-            share = accuracy(config, model, validation, tokenizer)
-            say(f"rm     held-out pairs ordered rightly: {share:.1%} of {len(validation)}")
-        model.save(run.model("rm"), tokenizer)
-        checkpoints.end()
+def run(config: Config, run: RunFolder, resume: bool = False) -> None:
+    if not done(run, "rm", config.rm.steps, resume):
+        train(config, run, RewardStage(config, run, resume), resume)
 
 
-def split_pairs(config, run: RunFolder, tokenizer, again: bool) -> tuple[list[Pair], list[Pair]]:
-    """For training, and held out. The toy world's are sampled once, from the SFT model, and lie in
+class RewardStage(Stage):
+    name = "rm"
+
+    def __init__(self, config: Config, run: RunFolder, resume: bool) -> None:
+        settings, start = config.rm, sources.policy_source(config, run)
+        self.config, self.run, self.steps = config, run, settings.steps
+        self.tokenizer = loading.load_tokenizer(start, config)
+        self.pairs, self.held_out = split_pairs(config, run, self.tokenizer, again=not resume)
+        self.model = loading.load_reward_model(start, config, settings.head, self.tokenizer).train()
+        self.guard = Guard(config.trainer.max_skipped)
+        self.optimizer = Optimizer.of(
+            settings,
+            [(settings.lr, self.model.parameters())],
+            self.guard,
+            "reward model",
+            decay_until=settings.steps,
+        )
+        self.state = TrainState(
+            {"reward": self.model}, {"reward": self.optimizer}, {"guard": self.guard}
+        )
+
+    def step(self, step: int) -> Metrics:
+        config, timer, averages = self.config, Timer(), Averages()
+        with timer("data"):
+            indices = batch_indices(len(self.pairs), config.rm.batch, step, config.run.seed)
+            batch = [self.pairs[i] for i in indices]
+            sequences = both_answers(batch, self.tokenizer.pad_token_id)
+        with timer("train"):
+            backward(config, self.model, batch, sequences, averages)
+            norm = self.optimizer.step(step, averages.open["rm/loss"])
+            averages.add("rm", {"grad_norm": norm / parallel.world_size()})
+            averages.update("rm")
+            metrics = averages.means()
+        metrics["rm/lr"] = config.rm.lr * self.optimizer.factor(step)
+        metrics |= timer.metrics(int(sequences.lengths.sum()))
+        done, last = step + 1, step + 1 == self.steps
+        if self.held_out and (last or done % max(1, self.steps // 5) == 0):
+            metrics["rm/validation_accuracy"] = self.accuracy()
+        return metrics
+
+    def headline(self, metrics: Metrics) -> Metrics:
+        return {"loss": metrics["rm/loss"], "accuracy": metrics["rm/accuracy"]}
+
+    def save(self) -> None:
+        if self.held_out:
+            share, count = self.accuracy(), len(self.held_out)
+            say(f"rm     held-out pairs ordered rightly: {share:.1%} of {count}")
+        self.model.save(self.run.model("rm"), self.tokenizer)
+
+    def accuracy(self) -> float:
+        both = both_answers(self.held_out, self.tokenizer.pad_token_id)
+        chosen, rejected = scores(self.config, self.model, both).chunk(2)
+        return float((chosen > rejected).float().mean())
+
+
+def split_pairs(
+    config: Config, run: RunFolder, tokenizer: PreTrainedTokenizerBase, again: bool
+) -> tuple[list[Pair], list[Pair]]:
+    """For training, and held out. A world's are sampled once, from the SFT model, and lie in
     the run folder for whoever trains on them later; `again`: anew."""
-    if config.data.pairs != "toy":
+    if not registry.is_world(config.data.pairs):
         pairs = load_pairs(config, tokenizer)
     elif not again and parallel.all_true(run.pairs.is_file()):
         pairs = [Pair(**line) for line in read_lines(run.pairs)]
     else:
         policy = loading.load_policy(sources.policy_source(config, run), config)
-        pairs = toy_pairs(config, policy, tokenizer)
+        pairs = sampled_pairs(config, policy, tokenizer)
         if parallel.is_main():
             aside = run.pairs.with_suffix(".tmp")
             aside.write_text("".join(json.dumps(vars(pair)) + "\n" for pair in pairs))
@@ -113,7 +124,7 @@ def split_pairs(config, run: RunFolder, tokenizer, again: bool) -> tuple[list[Pa
 
 
 def backward(
-    config, model: RewardModel, pairs: list[Pair], sequences: Sequences, averages: Averages
+    config: Config, model: RewardModel, pairs: list[Pair], sequences: Sequences, averages: Averages
 ) -> None:
     """Adds the gradient of the pairs' mean loss; `sequences` are their `both_answers`."""
     for rows, weight in pair_pieces(sequences, config.trainer.tokens_per_microbatch):
@@ -127,7 +138,7 @@ def backward(
         averages.add("rm", {k: v * part for k, v in figures.items()})
 
 
-def check_columns(settings, pairs: list[Pair]) -> None:
+def check_columns(settings: Rm, pairs: list[Pair]) -> None:
     """What a switch needs has to be in the data."""
     wanted = (
         ("margin", settings.margin, ("margin",)),
@@ -141,7 +152,7 @@ def check_columns(settings, pairs: list[Pair]) -> None:
 
 
 def pair_loss(
-    settings, chosen: Tensor, rejected: Tensor, pairs: list[Pair]
+    settings: Rm, chosen: Tensor, rejected: Tensor, pairs: list[Pair]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean over these pairs, and its parts; chosen and rejected are (P)."""
 
@@ -183,23 +194,16 @@ def pair_pieces(sequences: Sequences, budget: int) -> list[Piece]:
     return pieces(2 * longer, budget)
 
 
-def accuracy(config, model: RewardModel, pairs: list[Pair], tokenizer) -> float:
-    chosen, rejected = scores(config, model, both_answers(pairs, tokenizer.pad_token_id)).chunk(2)
-    return float((chosen > rejected).float().mean())
-
-
-def scores(config, model: RewardModel, sequences: Sequences) -> Tensor:  # (S)
+def scores(config: Config, model: RewardModel, sequences: Sequences) -> Tensor:  # (S)
     with parallel.autocast(config.model.dtype):
         budget = config.trainer.tokens_per_microbatch
         return forward_all(lambda batch: (model(batch),), sequences, budget)[0]
 
 
-def toy_pairs(config, policy: Policy, tokenizer) -> list[Pair]:
-    """Best against worst of several answers of the SFT model, as an annotator of the toy world
-    rates them. Random pairs of these answers agree with gold in 3 of 4 cases, these in 19 of 20."""
-    from trainer.worlds.toy import World
-
-    world, seed = World(config.toy), config.run.seed
+def sampled_pairs(config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
+    """Best against worst of several answers of the SFT model, as an annotator of the world rates
+    them. Random pairs of these answers agree with gold in 3 of 4 cases, these in 19 of 20."""
+    world, seed = registry.world(config.data.pairs, config), config.run.seed
     # 0 draws the prompts of PPO, which the reward model should not know by heart.
     prompts = world.annotated(world.prompts(config.rm.pairs, "train", seed=seed + 1), seed)
     engine = make_engine(config, tokenizer)

@@ -5,65 +5,66 @@ from __future__ import annotations
 from trainer import parallel
 from trainer.batch.order import batch_indices
 from trainer.batch.sequences import Sequences
+from trainer.config import Config
 from trainer.data.sources import load_demonstrations
 from trainer.models import loading
 from trainer.runs.averages import Averages, Timer
-from trainer.runs.checkpoint import Checkpoints, TrainState, finished
-from trainer.runs.console import progress, say
+from trainer.runs.checkpoint import TrainState
 from trainer.runs.faults import Guard
 from trainer.runs.folder import RunFolder
-from trainer.runs.log import MetricsLog
+from trainer.runs.loop import Metrics, Stage, done, train
 from trainer.runs.optim import Optimizer
-from trainer.runs.profiling import profiled
 
 
-def run(config, run: RunFolder, resume: bool = False) -> None:
-    seed, settings = config.run.seed, config.sft
-    if resume and finished(run, "sft", settings.steps):
-        say("sft    is done")
-        return
-    tokenizer = loading.load_tokenizer(config.model.policy, config)
-    demonstrations = load_demonstrations(config, tokenizer)
-    policy = loading.load_policy(config.model.policy, config).train()
-    guard = Guard(config.trainer.max_skipped)
-    optimizer = Optimizer(
-        [(settings.lr, policy.parameters())],
-        weight_decay=settings.weight_decay,
-        grad_clip=settings.grad_clip,
-        warmup=settings.warmup,
-        decay_until=settings.steps,
-        guard=guard,
-        name="policy",
-    )
-    state = TrainState({"policy": policy}, {"policy": optimizer}, {"guard": guard})
-    with (
-        Checkpoints(config, run, "sft", state, resume) as checkpoints,
-        MetricsLog(run, ("sft",), state.step, config.trainer.log) as log,
-        progress("sft", settings.steps, state.step, config.trainer.progress) as show,
-    ):
-        while state.step < settings.steps:
-            timer, averages = Timer(), Averages()
-            with timer("data"):
-                chosen = batch_indices(len(demonstrations), settings.batch, state.step, seed, "sft")
-                prompts, answers = zip(*(demonstrations[i] for i in chosen))
-                batch = Sequences.of(list(prompts), list(answers), tokenizer.pad_token_id)
-            with timer("train"), profiled(config, run, "sft", state.step + 1):
-                tokens = batch.answer_lengths.sum()
-                for rows, weight in batch.pieces(config.trainer.tokens_per_microbatch):
-                    with parallel.autocast(config.model.dtype):
-                        loss = -weight * policy(batch.rows(rows)).logprobs.sum() / tokens
-                    loss.backward()
-                    averages.add("sft", {"loss": loss})
-                norm = optimizer.step(state.step, averages.open["sft/loss"])
-                averages.add("sft", {"grad_norm": norm / parallel.world_size()})
-                averages.update("sft")
-                metrics = averages.means()
-            state.step += 1
-            metrics["sft/lr"] = settings.lr * optimizer.factor(state.step - 1)
-            metrics["guard/skipped"] = guard.skipped
-            metrics.update(timer.metrics(int(batch.lengths.sum())))
-            log.write("sft", state.step, metrics)
-            show({"loss": metrics["sft/loss"]})
-            checkpoints.after_step(log, metrics, guard)
-        policy.save(run.model("sft"), tokenizer)
-        checkpoints.end()
+def run(config: Config, run: RunFolder, resume: bool = False) -> None:
+    if not done(run, "sft", config.sft.steps, resume):
+        train(config, run, Sft(config, run), resume)
+
+
+class Sft(Stage):
+    name = "sft"
+
+    def __init__(self, config: Config, run: RunFolder) -> None:
+        settings = config.sft
+        self.config, self.run, self.steps = config, run, settings.steps
+        self.tokenizer = loading.load_tokenizer(config.model.policy, config)
+        self.demonstrations = load_demonstrations(config, self.tokenizer)
+        self.policy = loading.load_policy(config.model.policy, config).train()
+        self.guard = Guard(config.trainer.max_skipped)
+        self.optimizer = Optimizer.of(
+            settings,
+            [(settings.lr, self.policy.parameters())],
+            self.guard,
+            "policy",
+            decay_until=settings.steps,
+        )
+        self.state = TrainState(
+            {"policy": self.policy}, {"policy": self.optimizer}, {"guard": self.guard}
+        )
+
+    def step(self, step: int) -> Metrics:
+        config, timer, averages = self.config, Timer(), Averages()
+        with timer("data"):
+            count, size = len(self.demonstrations), config.sft.batch
+            chosen = batch_indices(count, size, step, config.run.seed, "sft")
+            prompts, answers = zip(*(self.demonstrations[i] for i in chosen))
+            batch = Sequences.of(list(prompts), list(answers), self.tokenizer.pad_token_id)
+        with timer("train"):
+            tokens = batch.answer_lengths.sum()
+            for rows, weight in batch.pieces(config.trainer.tokens_per_microbatch):
+                with parallel.autocast(config.model.dtype):
+                    loss = -weight * self.policy(batch.rows(rows)).logprobs.sum() / tokens
+                loss.backward()
+                averages.add("sft", {"loss": loss})
+            norm = self.optimizer.step(step, averages.open["sft/loss"])
+            averages.add("sft", {"grad_norm": norm / parallel.world_size()})
+            averages.update("sft")
+            metrics = averages.means()
+        metrics["sft/lr"] = config.sft.lr * self.optimizer.factor(step)
+        return metrics | timer.metrics(int(batch.lengths.sum()))
+
+    def headline(self, metrics: Metrics) -> Metrics:
+        return {"loss": metrics["sft/loss"]}
+
+    def save(self) -> None:
+        self.policy.save(self.run.model("sft"), self.tokenizer)

@@ -27,7 +27,12 @@ from trainer.config import OPERATIONS, Toy
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import (
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        PreTrainedTokenizerFast,
+    )
 
 PAD, EOS, UNKNOWN, SEPARATOR, FLOURISH = range(5)
 FIRST_OPERATION = 5
@@ -112,6 +117,15 @@ class World:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(self.model_config())
+
+    def speaks(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        return tokenizer.convert_tokens_to_ids(list(WORDS)) == list(range(len(WORDS)))
+
+    def size(self, split: str, per_domain: int) -> int:
+        if split == "demonstrations":
+            return self.config.demonstrations
+        kinds = {"train": 0, "eval": len(self.config.domains), "ood": len(self.shifts)}[split]
+        return kinds * per_domain or self.config.prompts
 
     @property
     def shifts(self) -> list[str]:

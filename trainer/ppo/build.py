@@ -1,0 +1,136 @@
+"""What an iteration works with: the actors that move, the signals they follow, and the prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from trainer import parallel
+from trainer.batch.sequences import Sequences, forward_all
+from trainer.batch.types import Prompt
+from trainer.config import Config
+from trainer.data.sources import load_prompts
+from trainer.models import loading, sources
+from trainer.models.critic import Critic
+from trainer.models.policy import Policy
+from trainer.ppo.evaluate import Evaluator
+from trainer.ppo.groups import Groups
+from trainer.ppo.reference_scores import ReferenceScores
+from trainer.rewards.judge import Judge, make_judge
+from trainer.rewards.normaliser import Normaliser
+from trainer.rewards.scorer import Scorer
+from trainer.rollout.engine import Engine
+from trainer.rollout.make import make_engine
+from trainer.runs.checkpoint import TrainState
+from trainer.runs.faults import Guard
+from trainer.runs.folder import RunFolder
+from trainer.runs.optim import Optimizer
+
+
+@dataclass
+class Actors:
+    """The models, what moves them, and what samples from the policy."""
+
+    policy: Policy
+    reference: Policy
+    critic: Critic | None
+    """None where neither values nor a head that finds groups are asked for."""
+    policy_optimizer: Optimizer
+    critic_optimizer: Optimizer | None
+    engine: Engine
+
+    @staticmethod
+    def of(
+        config: Config,
+        run: RunFolder,
+        tokenizer: PreTrainedTokenizerBase,
+        groups: Groups,
+        guard: Guard,
+    ) -> Actors:
+        policy = loading.load_policy(sources.policy_source(config, run), config)
+        anchor, offload = sources.reference_source(config, run), config.model.offload_reference
+        reference = loading.frozen(loading.load_policy(anchor, config, offload))
+        critic = loading.make_critic(config, run, policy, groups.num)
+        policy_optimizer = Optimizer.of(
+            config.ppo, [(config.ppo.lr, policy.parameters())], guard, "policy"
+        )
+        critic_optimizer = None
+        if critic is not None:
+            values = [*critic.body.parameters(), *critic.value_head.parameters()]
+            head = critic.group_head.parameters()
+            rates = [(config.ppo.critic_lr, values), (config.groups.head_lr, head)]
+            critic_optimizer = Optimizer.of(config.ppo, rates, guard, "critic")
+        engine = make_engine(config, tokenizer)
+        return Actors(policy.eval(), reference, critic, policy_optimizer, critic_optimizer, engine)
+
+
+@dataclass
+class Signals:
+    """What an answer is worth, and whose answers count for how much."""
+
+    scorer: Scorer
+    normaliser: Normaliser
+    groups: Groups
+    reference_scores: ReferenceScores
+    judge: Judge | None
+    """Gold, for metrics."""
+
+
+@dataclass
+class Setup:
+    config: Config
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Prompt]
+    actors: Actors
+    signals: Signals
+    evaluator: Evaluator
+    guard: Guard
+    state: TrainState
+
+    @staticmethod
+    def of(config: Config, run: RunFolder) -> Setup:
+        tokenizer = loading.load_tokenizer(sources.policy_source(config, run), config)
+        prompts = load_prompts(config, "train", tokenizer)
+        guard, groups = Guard(config.trainer.max_skipped), Groups(config, prompts)
+        actors = Actors.of(config, run, tokenizer, groups, guard)
+        reward, reward_tokenizer = loading.load_scoring_model(config, run)
+        signals = Signals(
+            scorer=Scorer(config, tokenizer, reward, reward_tokenizer),
+            normaliser=Normaliser(config),
+            groups=groups,
+            reference_scores=ReferenceScores(config, len(prompts)),
+            judge=make_judge(config, config.data.prompts),
+        )
+        return Setup(
+            config=config,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            actors=actors,
+            signals=signals,
+            evaluator=Evaluator(config, tokenizer, actors.engine, signals.scorer, actors.reference),
+            guard=guard,
+            state=train_state(actors, signals, guard),
+        )
+
+    def group_logits(self, sequences: Sequences) -> Tensor:
+        """(S, M) of the critic's head as it is now, without gradients."""
+        assert self.actors.critic is not None
+        with parallel.autocast(self.config.model.dtype):
+            budget = self.config.trainer.tokens_per_microbatch
+            return forward_all(self.actors.critic, sequences, budget)[1]
+
+
+def train_state(actors: Actors, signals: Signals, guard: Guard) -> TrainState:
+    """All that the future of a run depends on."""
+    return TrainState(
+        {"policy": actors.policy, "critic": actors.critic},
+        {"policy": actors.policy_optimizer, "critic": actors.critic_optimizer},
+        {
+            "normaliser": signals.normaliser,
+            "groups": signals.groups,
+            "reference_scores": signals.reference_scores,
+            "guard": guard,
+        },
+    )

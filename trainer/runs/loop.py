@@ -1,0 +1,81 @@
+"""The one training loop. A stage is its models and its step; checkpoints, logs, progress, skipped
+steps, profiles, SIGTERM and resuming are the same for all, and are here.
+
+    if not done(run, "sft", steps, resume):
+        train(config, run, Sft(config, run), resume)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from trainer.config import Config
+from trainer.runs.checkpoint import Checkpoints, TrainState, finished
+from trainer.runs.console import progress, say
+from trainer.runs.faults import Guard
+from trainer.runs.folder import RunFolder
+from trainer.runs.log import MetricsLog
+from trainer.runs.profiling import profiled
+
+Metrics = dict[str, float]
+
+
+class Stage:
+    """What differs from stage to stage."""
+
+    name: str
+    """Of its checkpoints and of its lines in metrics.jsonl."""
+    streams: tuple[str, ...] = ()
+    """Further names of lines that it writes."""
+    steps: int
+    state: TrainState
+    """All that its future depends on."""
+    guard: Guard
+
+    def begin(self, log: MetricsLog) -> None:
+        """Before the first step, of a resumed run too."""
+
+    def step(self, step: int) -> Metrics:
+        """One step, counted from 0."""
+        raise NotImplementedError
+
+    def headline(self, metrics: Metrics) -> Mapping[str, float]:
+        """The few figures that the terminal shows."""
+        raise NotImplementedError
+
+    def look(self, log: MetricsLog) -> Metrics:
+        """After a step has been logged: an evaluation, where one is due."""
+        return {}
+
+    def save(self) -> None:
+        """What the stage is for: its model."""
+        raise NotImplementedError
+
+
+def done(run: RunFolder, name: str, steps: int, resume: bool) -> bool:
+    """Whether a run that goes on has this stage behind it."""
+    if resume and finished(run, name, steps):
+        say(f"{name:<6} is done")
+        return True
+    return False
+
+
+def train(config: Config, run: RunFolder, stage: Stage, resume: bool) -> None:
+    state, show = stage.state, config.trainer.progress
+    with (
+        Checkpoints(config, run, stage.name, state, resume) as checkpoints,
+        MetricsLog(run, (stage.name, *stage.streams), state.step, config.trainer.log) as log,
+        progress(stage.name, stage.steps, state.step, show) as show_figures,
+    ):
+        stage.begin(log)
+        while state.step < stage.steps:
+            with profiled(config, run, stage.name, state.step + 1):
+                metrics = stage.step(state.step)
+            state.step += 1
+            metrics["guard/skipped"] = stage.guard.skipped
+            log.write(stage.name, state.step, metrics)
+            show_figures(stage.headline(metrics))
+            metrics |= stage.look(log)
+            checkpoints.after_step(log, metrics, stage.guard)
+        stage.save()
+        checkpoints.end()
