@@ -1,0 +1,73 @@
+"""Every setting of a run: frozen dataclasses, and a strict loader.
+
+    config = load("toy", ["groups.beta=0", "kl.adaptive=false"])     # a packaged name, or a path
+
+A configuration file is YAML whose top-level keys are the sections below; what it leaves out keeps
+its default. Overrides are `section.key=value`, with the value read as YAML. Unknown keys, wrong
+types and values that make no sense raise a ConfigError of one line, which names the file and line
+(or the override) and the key. Nothing here imports torch, so `gi --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+from typing import Any
+
+from trainer.config.convert import as_yaml, flat, plain
+from trainer.config.fields import ConfigError, did_you_mean
+from trainer.config.inputs import OPERATIONS, Columns, Data, Model, Toy
+from trainer.config.policy import Groups, Kl, Ppo, Reward, RewardFunction, Rollout
+from trainer.config.reader import find, load, packaged
+from trainer.config.run import STAGES, Eval, Run, Trainer
+from trainer.config.schema import BASELINE_SECTIONS, Config, differences
+from trainer.config.stages import MetaRm, Rm, Sft
+
+__all__ = [
+    "BASELINE_SECTIONS",
+    "OPERATIONS",
+    "STAGES",
+    "Columns",
+    "Config",
+    "ConfigError",
+    "Data",
+    "Eval",
+    "Groups",
+    "Kl",
+    "MetaRm",
+    "Model",
+    "Ppo",
+    "Reward",
+    "RewardFunction",
+    "Rm",
+    "Rollout",
+    "Run",
+    "Sft",
+    "Toy",
+    "Trainer",
+    "as_yaml",
+    "did_you_mean",
+    "differences",
+    "fields_of",
+    "find",
+    "flat",
+    "load",
+    "packaged",
+]
+
+
+def fields_of(section: type) -> list[tuple[str, str, Any, str]]:
+    """(name, type, default, doc line) of each field of a section, read from this file's source."""
+    body = ast.parse(inspect.getsource(section)).body[0].body  # type: ignore[attr-defined]
+    docs = {
+        before.target.id: " ".join(after.value.value.split())
+        for before, after in itertools.pairwise(body)
+        if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr)
+    }
+    default = section()
+    return [
+        (each.name, str(each.type), plain(getattr(default, each.name)), docs[each.name])
+        for each in dataclasses.fields(section)
+    ]
