@@ -134,12 +134,50 @@ def test_a_baseline_is_the_run_with_its_overrides_in_its_own_folder():
     assert plain.sft == config.sft and plain.ppo == config.ppo
 
 
-def test_sections_are_frozen_and_every_field_is_documented():
+def every_setting(section=Config, above=""):
+    """(key, Setting) of every setting, of sections within sections too."""
+    for each in settings.fields_of(section):
+        key = f"{above}{each.name}"
+        yield key, each
+        if each.section:
+            yield from every_setting(each.section, f"{key}.")
+
+
+def test_sections_are_frozen_and_every_setting_is_documented():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().ppo.lr = 1.0
-    for name, kind, _, doc in settings.fields_of(Config):
-        assert doc
-        section = getattr(settings, kind, None)
-        for key, _, default, line in settings.fields_of(section) if section else ():
-            assert len(line) > 5, f"{name}.{key}"
-            assert yaml.safe_load(settings.as_yaml(default)) == default
+    for key, setting in every_setting():
+        assert len(setting.doc) > 5, key
+        assert yaml.safe_load(settings.as_yaml(setting.default)) == setting.default
+
+
+def test_what_changes_no_result_is_no_difference():
+    cosmetic = {key for key, setting in every_setting() if not setting.result}
+    assert {"run.output", "run.ranks", "trainer.keep_last", "rollout.timeout"} <= cosmetic
+    one = load("toy")
+    other = load("toy", ["run.output=there", "run.ranks=4", "trainer.keep_last=5"])
+    assert settings.differences(one, other) == []
+    assert settings.differences(one, load("toy", ["kl.floor=0"])) == ["kl.floor: 0.0 -> 0.5"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong", "message"),
+    [
+        (dict(low=0), -1, "0 or more"),
+        (dict(above=0), 0, "more than 0"),
+        (dict(low=0, high=1), 1.5, "0 to 1"),
+        (dict(low=0, below=1), 1, "[0, 1)"),
+        (dict(above=0, high=1), 0, "(0, 1]"),
+        (dict(above=0, below=1), 1, "more than 0 and less than 1"),
+        (dict(low=0, want="0 (off) or more"), -1, "0 (off) or more"),
+    ],
+)
+def test_bounds_are_checked_when_a_section_is_made(arguments, wrong, message):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Example(settings.Section, at="example"):
+        share: float = settings.key(0.5, "A number.", **arguments)
+
+    assert Example().share == 0.5
+    with pytest.raises(ConfigError) as error:
+        Example(share=wrong)
+    assert str(error.value) == f"example.share: is {wrong}; want {message}"

@@ -1,4 +1,4 @@
-"""Every setting of a run: frozen dataclasses, and a strict loader.
+"""Every setting of a run: frozen dataclasses whose fields say it all, and a strict loader.
 
     config = load("toy", ["groups.beta=0", "kl.adaptive=false"])     # a packaged name, or a path
 
@@ -10,14 +10,9 @@ types and values that make no sense raise a ConfigError of one line, which names
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
-import itertools
-from typing import Any
-
-from trainer.config.convert import as_yaml, flat, plain
-from trainer.config.fields import ConfigError, did_you_mean
+from trainer.config.convert import Setting, fields_of, flat
+from trainer.config.document import as_yaml
+from trainer.config.fields import ConfigError, Section, did_you_mean, key
 from trainer.config.inputs import OPERATIONS, Columns, Data, Model, Toy
 from trainer.config.policy import Groups, Kl, Ppo, Reward, RewardFunction, Rollout
 from trainer.config.reader import find, load, packaged
@@ -44,6 +39,8 @@ __all__ = [
     "Rm",
     "Rollout",
     "Run",
+    "Section",
+    "Setting",
     "Sft",
     "Toy",
     "Trainer",
@@ -53,21 +50,7 @@ __all__ = [
     "fields_of",
     "find",
     "flat",
+    "key",
     "load",
     "packaged",
 ]
-
-
-def fields_of(section: type) -> list[tuple[str, str, Any, str]]:
-    """(name, type, default, doc line) of each field of a section, read from this file's source."""
-    body = ast.parse(inspect.getsource(section)).body[0].body  # type: ignore[attr-defined]
-    docs = {
-        before.target.id: " ".join(after.value.value.split())
-        for before, after in itertools.pairwise(body)
-        if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr)
-    }
-    default = section()
-    return [
-        (each.name, str(each.type), plain(getattr(default, each.name)), docs[each.name])
-        for each in dataclasses.fields(section)
-    ]

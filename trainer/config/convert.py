@@ -6,11 +6,9 @@ import dataclasses
 import math
 import types
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-import yaml
-
-from trainer.config.fields import ConfigError, choices, did_you_mean, want
+from trainer.config.fields import ConfigError, Section, choices, did_you_mean, require
 
 
 def build(section: type, data: Any, key: str, root: type) -> Any:
@@ -40,15 +38,17 @@ def _convert(value: Any, kind: Any, key: str, root: type) -> Any:
     if dataclasses.is_dataclass(kind):
         return build(kind, value, key, root)  # type: ignore[arg-type]
     if origin is Literal:
-        want(value in inner, key, value, choices(value, inner))
+        require(value in inner, key, value, choices(value, inner))
         return value
     if origin is tuple:
-        want(isinstance(value, list), key, value, f"a list of {_name(inner[0])}")
+        require(isinstance(value, list), key, value, f"a list of {_name(inner[0])}")
         if inner[-1] is not Ellipsis:
-            want(len(value) == len(inner), key, value, f"a list of {len(inner)} {_name(inner[0])}s")
+            require(
+                len(value) == len(inner), key, value, f"a list of {len(inner)} {_name(inner[0])}s"
+            )
         return tuple(_convert(each, inner[0], f"{key}[{i}]", root) for i, each in enumerate(value))
     if origin is not None and issubclass(origin, Mapping):
-        want(isinstance(value, dict), key, value, f"names, each with {_name(inner[1])}")
+        require(isinstance(value, dict), key, value, f"names, each with {_name(inner[1])}")
         return {
             str(name): _convert(each, inner[1], f"{key}.{name}", root)
             for name, each in value.items()
@@ -58,8 +58,8 @@ def _convert(value: Any, kind: Any, key: str, root: type) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     right = type(value) is kind
-    want(right, key, value, _name(kind))
-    want(kind is not float or math.isfinite(value), key, value, "a finite number")
+    require(right, key, value, _name(kind))
+    require(kind is not float or math.isfinite(value), key, value, "a finite number")
     return value
 
 
@@ -97,6 +97,37 @@ def plain(value: Any) -> Any:
     return [plain(each) for each in value] if isinstance(value, tuple | list) else value
 
 
+class Setting(NamedTuple):
+    """What a section's field says of itself."""
+
+    name: str
+    kind: Any
+    """Its type; of a section within a section, that section."""
+    default: Any
+    doc: str
+    basic: bool
+    result: bool
+
+    @property
+    def section(self) -> type[Section] | None:
+        inner = isinstance(self.kind, type) and issubclass(self.kind, Section)
+        return self.kind if inner else None
+
+
+def fields_of(section: type[Section]) -> list[Setting]:
+    kinds, default = get_type_hints(section), section()
+    marks = ("doc", "basic", "result")
+    return [
+        Setting(
+            each.name,
+            kinds[each.name],
+            plain(getattr(default, each.name)),
+            *(each.metadata[mark] for mark in marks),
+        )
+        for each in dataclasses.fields(section)
+    ]
+
+
 def flat(data: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     out = {}
     for name, value in data.items():
@@ -105,8 +136,3 @@ def flat(data: Mapping[str, Any], above: str = "") -> dict[str, Any]:
         else:
             out[f"{above}{name}"] = value
     return out
-
-
-def as_yaml(value: Any) -> str:
-    """A plain value in one line."""
-    return yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n...")[0].strip()

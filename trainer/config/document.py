@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from trainer.config.fields import ConfigError
 
@@ -98,3 +98,12 @@ def apply(data: dict[str, Any], override: str, lines: dict[str, str]) -> None:
             raise ConfigError("holds one value and no keys", ".".join(above[: depth + 1]), where)
     place[last] = value
     lines[key] = where
+
+
+def dump(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, width=100, allow_unicode=True)
+
+
+def as_yaml(value: Any) -> str:
+    """A plain value in one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n...")[0].strip()

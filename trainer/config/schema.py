@@ -1,19 +1,18 @@
 """Config: all sections, what relates them, and how one is made from plain data."""
 
+# ruff: noqa: RUF009  (key makes a field, not a default)
+
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from trainer.config.convert import build, flat, plain
-from trainer.config.document import apply, where_said
-from trainer.config.fields import ConfigError, want
+from trainer.config.convert import build, fields_of, flat, plain
+from trainer.config.document import apply, dump, where_said
+from trainer.config.fields import ConfigError, Section, key, spelled
 from trainer.config.inputs import Data, Model, Toy
 from trainer.config.policy import Groups, Kl, Ppo, Reward, Rollout
 from trainer.config.run import Eval, Run, Trainer
@@ -24,99 +23,74 @@ BASELINE_SECTIONS = ("reward", "rollout", "ppo", "groups", "kl")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    run: Run = field(default_factory=Run)
-    """The run as a whole."""
-    model: Model = field(default_factory=Model)
-    """Policy, reward model, critic."""
-    data: Data = field(default_factory=Data)
-    """Where prompts, demonstrations and pairs come from."""
-    toy: Toy = field(default_factory=Toy)
-    """The built-in world."""
-    sft: Sft = field(default_factory=Sft)
-    """Stage 1: supervised fine-tuning."""
-    rm: Rm = field(default_factory=Rm)
-    """Stage 2: the reward model."""
-    reward: Reward = field(default_factory=Reward)
-    """What an answer scores."""
-    rollout: Rollout = field(default_factory=Rollout)
-    """How answers are sampled."""
-    ppo: Ppo = field(default_factory=Ppo)
-    """Stage 3: policy optimisation."""
-    groups: Groups = field(default_factory=Groups)
-    """Group-invariant learning."""
-    kl: Kl = field(default_factory=Kl)
-    """The KL penalty."""
-    metarm: MetaRm = field(default_factory=MetaRm)
-    """Rounds of a reward model that follows the policy."""
-    eval: Eval = field(default_factory=Eval)
-    """When and on how much the policy is evaluated."""
-    trainer: Trainer = field(default_factory=Trainer)
-    """Memory, checkpoints, logging."""
-    baselines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Further PPO runs beside this one, which share its SFT and reward model: name -> overrides."""
+class Config(Section):
+    run: Run = key(Run(), "The run as a whole.")
+    model: Model = key(Model(), "Policy, reward model, critic.")
+    data: Data = key(Data(), "Where prompts, demonstrations and pairs come from.")
+    toy: Toy = key(Toy(), "The built-in world.")
+    sft: Sft = key(Sft(), "Stage 1: supervised fine-tuning.")
+    rm: Rm = key(Rm(), "Stage 2: the reward model.")
+    reward: Reward = key(Reward(), "What an answer scores.")
+    rollout: Rollout = key(Rollout(), "How answers are sampled.")
+    ppo: Ppo = key(Ppo(), "Stage 3: policy optimisation.")
+    groups: Groups = key(Groups(), "Group-invariant learning.")
+    kl: Kl = key(Kl(), "The KL penalty.")
+    metarm: MetaRm = key(MetaRm(), "Rounds of a reward model that follows the policy.")
+    eval: Eval = key(Eval(), "When and on how much the policy is evaluated.")
+    trainer: Trainer = key(Trainer(), "Memory, checkpoints, logging.")
+    baselines: Mapping[str, tuple[str, ...]] = key(
+        {},
+        "Further PPO runs beside this one, which share its SFT and reward model: name -> "
+        "overrides.",
+        spelled(r"[\w.+-]+", "a name of letters, digits, . + - _"),
+        basic=True,
+    )
 
-    def __post_init__(self) -> None:
+    def relations(self) -> None:
         if self.groups.active:
-            members = self.groups.num_groups * self.groups.min_size
-            want(
-                self.groups.inference != "exact" or members <= self.ppo.sequences_per_step,
+            many, batch = self.groups.num_groups, self.ppo.sequences_per_step
+            self.require(
+                self.groups.inference != "exact" or many * self.groups.min_size <= batch,
                 "groups.min_size",
-                self.groups.min_size,
-                f"at most {self.ppo.sequences_per_step // self.groups.num_groups}: "
-                f"{self.groups.num_groups} groups of a batch of {self.ppo.sequences_per_step}",
+                f"at most {batch // many}: {many} groups of a batch of {batch}",
             )
             trains_the_rm = "rm" in self.run.stages and self.model.reward == ""
-            want(
+            self.require(
                 not (self.groups.performance == "rating" and trains_the_rm and self.rm.rating == 0),
                 "groups.performance",
-                "rating",
                 "rm.rating > 0 with it: only then are scores of different prompts comparable",
             )
-        want(
+        self.require(
             not self.kl.controller or len(self.kl.target) in (1, self.groups.num_groups),
             "kl.target",
-            list(self.kl.target),
             f"one number, or one for each of {self.groups.num_groups} groups",
         )
-        want(
+        self.require(
             not (self.model.critic == "reward" and self.reward.model_weight == 0)
             or not self.ppo.has_critic,
             "model.critic",
-            "reward",
             "policy or a path: with reward.model_weight=0 there is no reward model to start from",
         )
-        want(
+        self.require(
             self.metarm.rounds == 0 or self.model.reward == "",
             "metarm.rounds",
-            self.metarm.rounds,
             "0 with model.reward: rounds go on with the reward model that stage rm made",
         )
-        want(
+        self.require(
             self.metarm.rounds == 0 or self.reward.model_weight != 0,
             "metarm.rounds",
-            self.metarm.rounds,
             "0 with reward.model_weight=0: there is no reward model",
         )
-        want(
+        self.require(
             self.metarm.prompts == "train" or self.data.ood_prompts != "",
             "metarm.prompts",
-            self.metarm.prompts,
             "train, or a source in data.ood_prompts",
         )
-        want(
+        self.require(
             "metarm" not in self.run.stages or self.metarm.rounds > 0,
             "metarm.rounds",
-            self.metarm.rounds,
             "1 or more with stage metarm",
         )
-        for name in self.baselines:
-            want(
-                re.fullmatch(r"[\w.+-]+", name) is not None,
-                "baselines",
-                name,
-                "a name of letters, digits, . + - _",
-            )
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -129,7 +103,7 @@ class Config:
         return plain(self)
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=100, allow_unicode=True)
+        return dump(self.to_dict())
 
     def override(self, overrides: Sequence[str]) -> Config:
         """This configuration with some `section.key=value` applied, checked as when loaded."""
@@ -182,22 +156,13 @@ def _check_baseline(config: Config, name: str, items: Sequence[str]) -> None:
 
 def differences(ours: Config, theirs: Config) -> list[str]:
     """`key: theirs -> ours` for every setting that changes a run's result, for messages."""
-    cosmetic = (
-        "run.output",
-        "run.threads",
-        "run.ranks",
-        "trainer.progress",
-        "trainer.log",
-        "trainer.profile",
-        "trainer.profile_steps",
-        "trainer.save_every",
-        "trainer.keep_last",
-        "trainer.best",
-        "trainer.async_save",
-        "trainer.max_skipped",
-        "rollout.sync_bucket_mb",
-        "rollout.timeout",
-    )
+    cosmetic = {
+        f"{section.name}.{setting.name}"
+        for section in fields_of(Config)
+        if section.section
+        for setting in fields_of(section.section)
+        if not setting.result
+    }
     a, b = flat(ours.to_dict()), flat(theirs.to_dict())
     return [
         f"{key}: {b.get(key)!r} -> {a.get(key)!r}"
