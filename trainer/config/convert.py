@@ -6,6 +6,7 @@ import dataclasses
 import math
 import types
 from collections.abc import Mapping
+from dataclasses import MISSING
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from trainer.config.fields import ConfigError, Section, choices, did_you_mean, require
@@ -115,14 +116,15 @@ class Setting(NamedTuple):
 
 
 def fields_of(section: type[Section]) -> list[Setting]:
-    kinds, default = get_type_hints(section), section()
-    marks = ("doc", "basic", "result")
+    kinds = get_type_hints(section)
     return [
         Setting(
             each.name,
             kinds[each.name],
-            plain(getattr(default, each.name)),
-            *(each.metadata[mark] for mark in marks),
+            plain(each.default if each.default_factory is MISSING else each.default_factory()),
+            each.metadata["doc"],
+            each.metadata["basic"],
+            each.metadata["result"],
         )
         for each in dataclasses.fields(section)
     ]

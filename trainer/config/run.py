@@ -46,7 +46,6 @@ class Eval(Section, at="eval"):
         20, "PPO steps between evaluations; 0: only before and after.", low=0, basic=True
     )
     samples_per_domain: int = key(256, "Toy world: evaluation prompts a domain.", low=1)
-    batch: int = key(256, "Sequences that are evaluated together.", low=1)
     final_samples: int = key(
         8, "Answers of each domain that the report shows, from the last evaluation.", low=0
     )
