@@ -119,6 +119,70 @@ def test_a_wrong_file_is_one_line_with_its_place(text, message, tmp_path):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def write(folder, **files):
+    """Files of these names and texts; the path of the first."""
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / f"{next(iter(files))}.yaml"
+
+
+def test_a_base_is_inherited_key_by_key(tmp_path):
+    path = write(
+        tmp_path,
+        own="base: toy\nppo:\n  steps: 3\ndata:\n  columns: {prompt: text}\n"
+        "toy:\n  shares: {copy: 1, sort: 1}\n  lazy: {}\nbaselines:\n  b0: [groups.beta=0]\n",
+    )
+    own, base = load(str(path)), load("toy")
+    assert own.run.output == "runs/own"
+    assert own.ppo == dataclasses.replace(base.ppo, steps=3)
+    # A section in a section merges, too; the value of a key is taken whole.
+    assert own.data.columns.prompt == "text" and own.data.max_prompt_tokens == 32
+    assert own.toy.domains == ("copy", "sort")
+    assert list(own.baselines) == ["ppo", "b0"]
+    assert own.rm == base.rm and own.kl == base.kl
+    assert "base" not in own.to_dict()
+    resolved = write(tmp_path / "elsewhere", config=own.to_yaml())
+    assert load(str(resolved)) == own
+
+
+def test_a_base_is_a_path_from_the_file_that_names_it_and_may_have_its_own(tmp_path):
+    write(tmp_path, root="ppo:\n  steps: 1\n  warmup: 2\n")
+    write(tmp_path / "lower", middle="base: ../root.yaml\nppo:\n  steps: 5\n  lam: 0.5\n")
+    path = write(tmp_path / "top", own="base: ../lower/middle.yaml\nppo:\n  lam: 1\n")
+    ppo = load(str(path), ["ppo.gamma=0.5"]).ppo
+    assert (ppo.steps, ppo.warmup, ppo.lam, ppo.gamma) == (5, 2, 1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "message"),
+    [
+        ("base: other.yaml\nppo: {lr: 1}\n", "\nppo:\n  lam: 2\n", "other.yaml:3: ppo.lam: is 2"),
+        ("base: other.yaml\nppo: {lam: 3}\n", "ppo:\n  lam: 2\n", "own.yaml:2: ppo.lam: is 3"),
+        ("base: other.yaml\nppo: 3\n", "ppo: {lam: 1}\n", "own.yaml:2: ppo: is 3; want keys"),
+        ("base: other.yaml\n", "ppo: {stpes: 1}\n", "other.yaml:1: ppo.stpes: unknown key"),
+        (  # what two files say together
+            "base: other.yaml\nppo:\n  prompts_per_step: 16\n",
+            "\ngroups:\n  min_size: 5\n",
+            "other.yaml:3: groups.min_size: is 5; want at most 4",
+        ),
+        ("ppo: {lam: 1}\nbase: other.yaml\n", "base: own.yaml\n", "other.yaml:1: base: inherits "
+         "from itself: own.yaml -> other.yaml -> own.yaml"),
+        ("base: own.yaml\n", "", "own.yaml:1: base: inherits from itself: own.yaml -> own.yaml"),
+        ("\nbase: tyo\n", "", "own.yaml:2: base: tyo: no packaged configuration of this name (did"),
+        ("base: no.yaml\n", "", "no.yaml: no such file"),
+        ("base: [toy]\n", "", "own.yaml:1: base: is ['toy']; want a packaged configuration or a"),
+        ("base: other.yaml\n", "ppo: [1\n", "other.yaml:2: not YAML"),
+        ("ppo:\n  base: toy\n", "", "own.yaml:2: ppo.base: unknown key"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_file_or_its_base_is_one_line_with_its_place(own, other, message, tmp_path):
+    path = write(tmp_path, own=own, other=other)
+    with pytest.raises(ConfigError) as error:
+        load(str(path))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
 def test_names_that_are_not_there(tmp_path):
     with pytest.raises(ConfigError, match="did you mean toy"):
         load("tyo")
