@@ -214,16 +214,19 @@ def _report(names: list[str], output: str) -> int:
 
 
 def _keys(section: str) -> int:
-    kinds = {name: kind for name, kind, _, _ in settings.fields_of(Config)}
-    if section and section not in kinds:
-        meant = settings.did_you_mean(section, list(kinds))
-        raise UsageError(f"{section}: no such section{meant}; there are {', '.join(kinds)}")
-    for name, kind in kinds.items():
-        if section in ("", name):
-            print(f"\n{name}")
-            inner = getattr(settings, kind, None)
-            for key, _, default, doc in settings.fields_of(inner) if inner else ():
-                print(f"  {f'{key}: {settings.as_yaml(default)}':<34}  {doc}")
+    sections = settings.fields_of(Config)
+    names = [each.name for each in sections]
+    if section and section not in names:
+        meant = settings.did_you_mean(section, names)
+        raise UsageError(f"{section}: no such section{meant}; there are {', '.join(names)}")
+    print("+ marks what few runs change")
+    for each in sections:
+        if section in ("", each.name):
+            print(f"\n{each.name}")
+            for key in settings.fields_of(each.section) if each.section else ():
+                mark = " " if key.basic else "+"
+                said = f"{key.name}: {settings.as_yaml(key.default)}"
+                print(f"{mark} {said:<34}  {key.doc}")
     return 0
 
 

@@ -7,6 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from trainer import report
+from trainer.report import panels
 
 DOMAINS = ("copy", "sort")
 
@@ -171,5 +172,5 @@ def test_metarm_has_a_row_for_each_round(tmp_path, undrawn):
             f"Round {n}: training the reward model",
             f"Round {n}: PPO with it",
         ]
-    differences = report._differences_of_rewards(folder / "rounds" / "1", "after", 0.5)
+    differences = panels.differences_of_rewards(folder / "rounds" / "1", "after", 0.5)
     assert differences == [1, 2, 3, 1, 2, 1]

@@ -1,0 +1,334 @@
+"""Policy optimisation: scores of answers, how they are sampled, PPO, groups, the KL penalty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.config.fields import Section, key, require, spelled, such_that
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardFunction(Section, at="reward.functions"):
+    function: str = key(
+        "",
+        "package.module:function.",
+        spelled(r"[\w.]+:[\w.]+", "package.module:function"),
+        basic=True,
+    )
+    weight: float = key(1.0, "Its weight in the sum.", basic=True)
+    name: str = key("", "Its name in the metrics; empty: the function's.")
+
+    @property
+    def label(self) -> str:
+        return self.name or self.function.rpartition(":")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward(Section, at="reward"):
+    functions: tuple[RewardFunction, ...] = key(
+        (),
+        "Python functions that add to the score: a list of {function, weight, name}.",
+        basic=True,
+    )
+    model_weight: float = key(
+        1.0,
+        "Weight of the reward model in the sum; 0: functions alone, and no model is loaded.",
+        basic=True,
+    )
+    normalise: Literal["none", "std", "meanstd"] = key(
+        "std", "Divide by the running standard deviation, or subtract the running mean as well."
+    )
+    clip: float = key(
+        5.0,
+        "Scores are clipped to +- this, after normalising; 0: off.",
+        low=0,
+        want="0 (off) or more",
+    )
+    truncated_penalty: float = key(
+        0.0, "Taken off the score of an answer that was cut at the length limit.", low=0
+    )
+
+    def relations(self) -> None:
+        self.require(
+            self.model_weight != 0 or len(self.functions) > 0,
+            "model_weight",
+            "anything but 0 when there is no reward function",
+        )
+        names = [each.label for each in self.functions]
+        once = len(set(names)) == len(names)
+        require(once, "reward.functions", names, "a different name for each")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout(Section, at="rollout"):
+    engine: Literal["hf", "vllm"] = key(
+        "hf", "What generates: a Hugging Face model on every rank, or vLLM.", basic=True
+    )
+    max_new_tokens: int = key(256, "Longest answer.", low=1, basic=True)
+    temperature: float = key(
+        1.0,
+        "Sampling temperature; log-probabilities everywhere are those at this temperature.",
+        above=0,
+        basic=True,
+    )
+    top_p: float = key(
+        1.0,
+        "Held at 1: the log-probabilities must be those of the policy that sampled.",
+        low=1,
+        high=1,
+        want="1: with less, log-probabilities would not be those of the policy that sampled",
+    )
+    logprob_bound: float = key(
+        1.0,
+        "The run stops when the engine's and the trainer's log-probabilities differ by more.",
+        above=0,
+    )
+    batch: int = key(
+        128,
+        "Sequences that generate together; with vLLM: at most, on each engine.",
+        low=1,
+        basic=True,
+    )
+    stop: tuple[str, ...] = key(
+        (),
+        "Texts that end an answer, beside EOS; the tokens that spell one stay in the answer.",
+        such_that(all, "texts that are not empty"),
+        basic=True,
+    )
+    tensor_parallel: int = key(
+        1, "vLLM: ranks that share one engine; a divisor of the number of ranks.", low=1
+    )
+    gpu_memory: float = key(
+        0.4,
+        "vLLM: share of a GPU's memory for its weights and cache while it generates.",
+        above=0,
+        below=1,
+        want="between 0 and 1",
+    )
+    sleep: bool = key(True, "vLLM on GPUs: that memory belongs to the trainer while it trains.")
+    cuda_graphs: bool = key(
+        True, "vLLM on GPUs: captured graphs; a start of minutes, for faster generation."
+    )
+    sync_bucket_mb: int = key(
+        512,
+        "vLLM: the ranks' shards are gathered in pieces of at most this (or of one tensor).",
+        low=1,
+        result=False,
+    )
+    timeout: float = key(
+        300.0,
+        "vLLM: seconds without a sign of life after which the process ends.",
+        above=0,
+        result=False,
+    )
+
+    def relations(self) -> None:
+        self.require(
+            self.engine != "vllm" or self.temperature >= 0.01,
+            "temperature",
+            "0.01 or more with engine=vllm, which would use 0.01 instead",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ppo(Section, at="ppo"):
+    steps: int = key(500, "Iterations: rollouts, then updates.", low=0, basic=True)
+    prompts_per_step: int = key(64, "Prompts an iteration, over all ranks.", low=1, basic=True)
+    samples_per_prompt: int = key(1, "Answers to each prompt.", low=1, basic=True)
+    ppo_epochs: int = key(1, "Passes over an iteration's answers.", low=1)
+    minibatches: int = key(4, "Optimiser steps in one pass.", low=1, basic=True)
+    lr: float = key(1e-6, "Learning rate of the policy.", above=0, basic=True)
+    critic_lr: float = key(5e-6, "Learning rate of the critic.", above=0, basic=True)
+    warmup: int = key(10, "Iterations over which both learning rates rise.", low=0)
+    critic_warmup_steps: int = key(20, "Iterations before the policy starts to move.", low=0)
+    weight_decay: float = key(0.0, "AdamW's weight decay.", low=0)
+    grad_clip: float = key(1.0, "Largest gradient norm, of the policy and of the critic.", above=0)
+    gamma: float = key(1.0, "Discount.", low=0, high=1)
+    lam: float = key(0.95, "GAE's lambda.", low=0, high=1)
+    clip_low: float = key(0.2, "The ratio is clipped at 1 - clip_low.", above=0, below=1)
+    clip_high: float = key(0.2, "The ratio is clipped at 1 + clip_high.", above=0)
+    dual_clip: float = key(
+        0.0,
+        "With a negative advantage the loss is bounded at dual_clip * |A|; more than 1, or 0: off.",
+        such_that(lambda clip: clip == 0 or clip > 1, "more than 1, or 0 (off)"),
+    )
+    value_clip: float = key(
+        0.2,
+        "Values are clipped to +- this around the old ones; 0: off.",
+        low=0,
+        want="0 (off) or more",
+    )
+    entropy_coef: float = key(0.0, "Weight of the entropy bonus.", low=0)
+    kl_in_loss: bool = key(False, "The KL penalty stands in the loss and not in the rewards.")
+    advantages: Literal["gae", "group_norm", "leave_one_out"] = key(
+        "gae", "With a critic, or from the other answers to the same prompt.", basic=True
+    )
+    norm: Literal["none", "batch", "group"] = key(
+        "batch", "Normalise advantages over the batch, or within each inferred group."
+    )
+    importance: Literal["none", "token", "sequence"] = key(
+        "none",
+        "Weigh the policy loss by trainer's over engine's probability, of each token or sequence.",
+    )
+    importance_cap: float = key(2.0, "Largest such weight: truncated importance sampling.", low=1)
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def has_critic(self) -> bool:
+        return self.advantages == "gae"
+
+    def relations(self) -> None:
+        self.require(
+            self.sequences_per_step % self.minibatches == 0,
+            "minibatches",
+            f"a divisor of prompts_per_step * samples_per_prompt = {self.sequences_per_step}",
+        )
+        self.require(
+            self.has_critic or self.samples_per_prompt > 1,
+            "samples_per_prompt",
+            f"2 or more with advantages={self.advantages}, which compares answers to one prompt",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups(Section, at="groups"):
+    """Group-invariant learning: find the hard groups, weigh them, relax their KL penalty."""
+
+    inference: Literal["exact", "adversarial", "oracle", "random", "none"] = key(
+        "exact", "How groups are found; none: plain PPO.", basic=True
+    )
+    num_groups: int = key(
+        4,
+        "M. Group 0 is the hardest. With oracle: the number of the data's domains.",
+        low=2,
+        high=64,
+        basic=True,
+    )
+    assign: Literal["hard", "soft"] = key(
+        "hard",
+        "hard: sequences ranked by the head, cut where the rank's variance between groups is "
+        "largest; soft: the head's probabilities, which one noisy return a sequence keeps "
+        "close to each other.",
+    )
+    focus: float = key(
+        1.0,
+        "Share of a step's prompts that are drawn so that each group is met equally often; 0: "
+        "prompts as they come. Needs on=prompt.",
+        low=0,
+        high=1,
+        want="a share, 0 to 1",
+        basic=True,
+    )
+    pool: int = key(
+        4, "Prompts that the head looks at for each one that is drawn, where focus > 0.", low=2
+    )
+    performance: Literal["raw", "over_reference", "quantile", "rating"] = key(
+        "over_reference",
+        "What is compared between prompts: the score, or the score against reference answers'.",
+        basic=True,
+    )
+    reference_answers: int = key(
+        4, "Answers of the reference policy to each prompt, for over_reference and quantile.", low=1
+    )
+    on: Literal["prompt", "response"] = key(
+        "prompt", "Which token the head reads: the prompt's last, or the answer's."
+    )
+    returns: Literal["score", "penalised"] = key(
+        "score", "R_i: the score, or the score less the KL penalty."
+    )
+    form: Literal["mass", "uniform", "one_sided"] = key(
+        "mass", "Form of the between-group variance."
+    )
+    beta: float = key(
+        0.0,
+        "Weight of the variance in the policy's objective: scales advantages, 1 in the paper; "
+        "0: no policy weights. Beside focus they cost more than they bring "
+        "(docs/evidence.md).",
+        low=0,
+        basic=True,
+    )
+    critic_beta: float = key(1.0, "Weight of the head's loss beside the critic's.", low=0)
+    balance: float = key(
+        0.1,
+        "Weight of log M - H(masses), against groups that swallow the rest (adversarial).",
+        low=0,
+    )
+    clamp: tuple[float, float] = key(
+        (0.0, 5.0),
+        "Bounds of a sequence's weight.",
+        such_that(lambda clamp: clamp[0] <= clamp[1], "[low, high] with low <= high"),
+    )
+    min_size: int = key(8, "Fewest sequences in a group of the exact partition.", low=1)
+    head_lr: float = key(1e-3, "Learning rate of the head.", above=0)
+    ema: float = key(
+        0.9,
+        "Memory of each group's running return, which holds the order of labels.",
+        low=0,
+        below=1,
+    )
+    objective: Literal["variance", "group_dro", "cvar", "sequence_variance"] = key(
+        "variance", "What weighs the sequences: the method, or a control."
+    )
+    dro_lr: float = key(0.01, "Step of group_dro's weights.", above=0)
+    cvar_alpha: float = key(0.3, "Worst share of sequences that cvar trains on.", above=0, high=1)
+
+    @property
+    def active(self) -> bool:
+        return self.inference != "none"
+
+    @property
+    def has_head(self) -> bool:
+        return self.inference in ("exact", "adversarial")
+
+    @property
+    def compared(self) -> str:
+        """performance; plain PPO compares no prompts, and asks for no reference answers."""
+        return self.performance if self.active else "raw"
+
+    def relations(self) -> None:
+        self.require(
+            not (self.focus and self.has_head and self.on == "response"),
+            "on",
+            "prompt where groups.focus > 0: prompts are drawn before they have a response",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kl(Section, at="kl"):
+    coef: float = key(
+        0.05,
+        "eta. Adaptive lowers the mean coefficient (objective/kl_coef), so it wants a larger eta.",
+        low=0,
+        basic=True,
+    )
+    adaptive: bool = key(
+        True,
+        "Per sequence: eta * (floor + (1 - floor) * p_easiest); relaxed where it is hard.",
+        basic=True,
+    )
+    floor: float = key(
+        0.5,
+        "kappa: what is left of eta outside the easiest group. The paper has 0, which a "
+        "reward model that knows little of hard data pays for (docs/evidence.md).",
+        low=0,
+        high=1,
+        basic=True,
+    )
+    estimator: Literal["k1", "k2", "k3", "exact"] = key(
+        "k1", "Of the KL at a token; exact: over the whole vocabulary."
+    )
+    controller: bool = key(False, "Hold each group at its own KL target.")
+    target: tuple[float, ...] = key(
+        (6.0,),
+        "KL of a sequence, in nats, for the controller: one for all groups, or one for each.",
+        such_that(
+            lambda target: target and all(each > 0 for each in target), "numbers more than 0"
+        ),
+    )
+    controller_rate: float = key(
+        0.1, "eta_g <- eta_g * (1 + rate * clip(KL_g / target_g - 1, -0.2, 0.2)).", above=0
+    )
