@@ -7,7 +7,7 @@ import socket
 import time
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["tests.trainer.test_checkpoint", "trainer.stages.registry"])
+context.set_forkserver_preload(["tests.trainer.runs.test_checkpoint", "trainer.stages.registry"])
 
 
 def start(function, *arguments):

@@ -15,9 +15,9 @@ from tests.trainer import children, tiny
 from tests.vllm.conftest import SHAPE, config
 from trainer import parallel
 from trainer.ppo import build, loop
+from trainer.report.table import evaluations
 from trainer.runs.folder import RunFolder
 from trainer.runs.log import MetricsLog, read_lines
-from trainer.runs.table import evaluations
 
 SETTINGS = [
     *tiny.SMALL,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from trainer.config import Config
 from trainer.ppo import loop
+from trainer.report.table import final_table
 from trainer.runs.console import say
 from trainer.runs.folder import RunFolder
-from trainer.runs.table import final_table
 from trainer.stages import baselines
 
 

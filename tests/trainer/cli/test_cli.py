@@ -16,7 +16,7 @@ from trainer.cli import plan
 from trainer.config import load
 from trainer.worlds.toy import World
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TINY = [*tiny.SMALL, "sft.steps=2", "rm.steps=2", "ppo.steps=2", "run.threads=1"]
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.trainer import children, tiny
-from tests.trainer.test_checkpoint import SMALL, assert_equal_runs, results
+from tests.trainer.runs.test_checkpoint import SMALL, assert_equal_runs, results
 from trainer import parallel
 from trainer.batch.sequences import shares
 from trainer.ppo import build, loop
@@ -135,7 +135,7 @@ def test_torchrun_goes_on_from_the_newest_checkpoint_when_a_rank_dies(tmp_path):
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
     config = [*tiny.SMALL, *SMALL, "run.stages=[sft]", "trainer.progress=true"]
     line = [sys.executable, *launch, "--standalone", script, "train", "toy", *config]
-    root = Path(__file__).parents[2]  # for the script, which lies elsewhere
+    root = Path(__file__).parents[3]  # for the script, which lies elsewhere
     done = subprocess.run(
         [*line, "--output", tmp_path / "run"],
         capture_output=True,

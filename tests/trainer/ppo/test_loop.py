@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.trainer import tiny
 from trainer.config import load, packaged
 from trainer.ppo import build, draw, experience, forward, loop
+from trainer.report.table import final_table
 from trainer.rollout.engine import LogprobMismatch
 from trainer.rollout.hf import HuggingFaceEngine
 from trainer.runs.folder import RunFolder
 from trainer.runs.log import read_lines
 from trainer.runs.optim import Optimizer
-from trainer.runs.table import final_table
 from trainer.stages import baselines, evaluate, policy
 
 METRICS = {
