@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gikernels import checks, dispatch, reference
+from gikernels import reference
+from gikernels.backends import checks, dispatch
 from gikernels.reference import Partition, Points
 
 # Status words of csrc/partition.h, and one of csrc/partition.cpp.
@@ -30,7 +31,7 @@ def _solve_native(
     min_size: int,
 ) -> tuple[Partition, Tensor]:
     """The partition of every row, in float64, and a status word of each, (B) int32."""
-    from gikernels import build  # here, so that `python -m gikernels.build` is imported once
+    from gikernels.backends import build  # here: it needs fcntl, which Windows has not
 
     rows, n = values.shape
 

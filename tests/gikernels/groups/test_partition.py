@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gikernels
-from gikernels import dispatch, partition, reference
+from gikernels import partition, reference
+from gikernels.backends import dispatch
 
 F64 = torch.float64
 CPP = dispatch.backend_status("cpp")

@@ -47,7 +47,7 @@ def _triton() -> BackendStatus:
 
 
 def _native(name: str) -> BackendStatus:
-    from gikernels import build
+    from gikernels.backends import build  # here: it needs fcntl, which Windows has not
 
     return BackendStatus(*build.status(name))
 

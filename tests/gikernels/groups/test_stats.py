@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gikernels as gk
-from gikernels import groups_triton, reference
+from gikernels import reference
+from gikernels.groups import stats_triton
 
 BACKENDS = ["reference", "triton"]
 FORMS = ["mass", "uniform", "one_sided"]
@@ -40,7 +41,7 @@ def test_group_stats(backend, n, groups, weighted, device, poisoned_empty):
 def test_parts_of_one_group_cover_every_value():
     for n in (0, 1, 4095, 4096, 4097, 10**6):
         for groups in (1, 3, 500, 10**5):
-            cut = groups_triton._cut(n, groups)
+            cut = stats_triton._cut(n, groups)
             assert cut["PARTS"] * -(-n // cut["PARTS"]) >= n
             assert -(-groups // cut["GROUPS"]) <= 1024 or cut["PARTS"] == 1
 

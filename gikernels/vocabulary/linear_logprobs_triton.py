@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gikernels import tiles
-from gikernels.head import RowStats, spans
-from gikernels.settings import workspace_for
+from gikernels.backends.settings import workspace_for
+from gikernels.vocabulary import tiles
+from gikernels.vocabulary.head import RowStats, spans
 
 # --- forward ------------------------------------------------------------------------------------
 

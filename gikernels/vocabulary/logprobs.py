@@ -1,7 +1,7 @@
 """`logprobs`: log-probability, entropy and exact KL of tokens whose logits one already has.
 
 Read downward: the op in chunks of PyTorch, the custom op with its gradient, the public function.
-The kernels are in gikernels.logprobs_triton.
+The kernels are in logprobs_triton.py.
 
 One pass over the logits. With u = z - peak the final logits below their row's maximum, and ref_u
 the same of the reference, the sums
@@ -27,9 +27,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gikernels import checks, dispatch
+from gikernels.backends import checks, dispatch
+from gikernels.backends.settings import workspace_for
 from gikernels.reference import TokenStats, stat_dtype, transform_logits
-from gikernels.settings import workspace_for
 
 BACKENDS = ("triton", "reference")
 
@@ -180,7 +180,7 @@ def _op(
     how = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
     _check_values(logits, targets, temperatures, ignore_index)
     if _choose(backend, logits) == "triton":
-        from gikernels import logprobs_triton
+        from gikernels.vocabulary import logprobs_triton
 
         return logprobs_triton.forward(logits, targets, ref_logits, how, ignore_index)
     return _forward_in_chunks(logits, targets, ref_logits, how, ignore_index)
@@ -246,7 +246,7 @@ def _backward_op(
         grad_kl = torch.zeros_like(entropy)
     grads, saved = (grad_logprobs, grad_entropy, grad_kl), (entropy, norms)
     if _choose(backend, logits) == "triton":
-        from gikernels import logprobs_triton
+        from gikernels.vocabulary import logprobs_triton
 
         return logprobs_triton.backward(
             grads, logits, targets, ref_logits, saved, how, ignore_index

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gikernels import dispatch
+from gikernels.backends import dispatch
 
 # The interpreter's bf16 dot and bf16 addition return garbage: kernels widen their inputs there.
 INTERPRETED = tl.constexpr(dispatch.interpreting())

@@ -21,8 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gikernels import checks, reference
-from gikernels.head import (
+from gikernels import reference
+from gikernels.backends import checks
+from gikernels.backends.settings import workspace_for
+from gikernels.reference import LossOut, stat_dtype
+from gikernels.vocabulary.head import (
     Head,
     RowStats,
     check_values,
@@ -40,8 +43,6 @@ from gikernels.head import (
     transform_arguments,
     view,
 )
-from gikernels.reference import LossOut, stat_dtype
-from gikernels.settings import workspace_for
 
 # --- the loss of a chunk ------------------------------------------------------------------------
 
@@ -243,7 +244,7 @@ def _op(
     scale = torch.ones_like(denom) if hidden.dtype == torch.float16 else 1 / denom
     x, head = pick(hidden), Head(weight, bias, softcap, logit_scale)
     if backend == "triton":
-        from gikernels import policy_loss_triton
+        from gikernels.vocabulary import policy_loss_triton
 
         run = policy_loss_triton.chunked
     else:
@@ -386,8 +387,8 @@ def linear_policy_loss(
     Gradients flow through all three terms to hidden, weight and bias. They are formed in the
     forward, where a gradient is wanted, and kept until the backward: forward + backward cost 6NHV.
     Metrics are detached sums over mask / denom: policy, ratio, clipfrac, approxkl, entropy, and kl
-    where ref_logprobs are given. Scratch memory: gikernels.settings, and a dW in fp32 while more
-    than one chunk of rows is added up.
+    where ref_logprobs are given. Scratch memory: gikernels.backends.settings, and a dW in fp32
+    while more than one chunk of rows is added up.
     """
     checks.dims("hidden", checks.floats("hidden", hidden), 2, "(N, D)")
     hidden, weight, bias = head_arguments(hidden, weight, targets, bias)

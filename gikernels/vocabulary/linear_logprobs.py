@@ -18,8 +18,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gikernels import checks
-from gikernels.head import (
+from gikernels.backends import checks
+from gikernels.backends.settings import workspace_for
+from gikernels.reference import TokenStats, stat_dtype
+from gikernels.vocabulary.head import (
     Head,
     RowGrads,
     RowStats,
@@ -41,8 +43,6 @@ from gikernels.head import (
     transform_arguments,
     view,
 )
-from gikernels.reference import TokenStats, stat_dtype
-from gikernels.settings import workspace_for
 
 # --- chunked PyTorch ----------------------------------------------------------------------------
 
@@ -208,7 +208,7 @@ def _op(
             targets[kept], None if temperatures is None else temperatures[kept], len(weight)
         )
     if backend == "triton":
-        from gikernels import linear_logprobs_triton
+        from gikernels.vocabulary import linear_logprobs_triton
 
         outputs = _outputs(hidden, ref_hidden, torch.float32)
         linear_logprobs_triton.forward(
@@ -288,7 +288,7 @@ def _backward_op(
     if dx is not None:
         dx.zero_()
     if backend == "triton":
-        from gikernels import linear_logprobs_triton
+        from gikernels.vocabulary import linear_logprobs_triton
 
         linear_logprobs_triton.backward(
             x, weight, target, temperature, temperatures, bias, softcap, logit_scale,
@@ -385,8 +385,8 @@ def linear_logprobs(
 
     Each is (...) in fp32 (fp64 for fp64 inputs), all three are differentiable in hidden, weight and
     bias, and rows whose target is ignore_index give 0. A frozen weight costs no dW; the backward
-    leaves out rows whose upstream gradients are zero. Scratch memory: gikernels.settings. On a GPU
-    a target out of range gives NaN; on a CPU it raises.
+    leaves out rows whose upstream gradients are zero. Scratch memory:
+    gikernels.backends.settings. On a GPU a target out of range gives NaN; on a CPU it raises.
     """
     hidden, weight, bias = head_arguments(hidden, weight, targets, bias)
     ref_hidden, ref_weight = _reference_arguments(ref, hidden, weight)

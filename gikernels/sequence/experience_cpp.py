@@ -28,7 +28,7 @@ def experience(
     ignore_index: int,
     out: Experience,
 ) -> None:
-    from gikernels import build  # here, so that `python -m gikernels.build` is imported once
+    from gikernels.backends import build  # here: it needs fcntl, which Windows has not
 
     dtype, sequences = out.kl.dtype, len(scores)
 

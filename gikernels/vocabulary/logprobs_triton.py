@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gikernels import tiles
-from gikernels.logprobs import Transform, row_view
 from gikernels.reference import stat_dtype
+from gikernels.vocabulary import tiles
+from gikernels.vocabulary.logprobs import Transform, row_view
 
 # The kernels keep to "raw" logits x: the given ones, or tanh(inner * x) where there is a softcap.
 # Final logits are factor * x with factor > 0, so that sums of exp(factor * u) u, where u = x - peak

@@ -1,7 +1,7 @@
 """Statistics of groups of sequences, and what group-invariant learning makes of them (METHODS A).
 
 Read downward: PyTorch for the CPU, custom operation, public functions. The Triton half is
-groups_triton.py. `soft_groups` and `group_weights` are a few products with a (S, M) matrix, M
+stats_triton.py. `soft_groups` and `group_weights` are a few products with a (S, M) matrix, M
 being two or three: they stand in reference.py, and here their arguments are checked.
 """
 
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gikernels import checks, dispatch, reference
+from gikernels import reference
+from gikernels.backends import checks, dispatch
 from gikernels.reference import GroupStats, SoftGroups, stat_dtype
 
 BACKENDS = ("triton", "reference")
@@ -39,10 +40,10 @@ def _group_stats_op(
     if weights is not None and weights.device.type == "cpu":
         _check_weights(weights)
     if dispatch.choose(backend, values, BACKENDS) == "triton":
-        from gikernels import groups_triton
+        from gikernels.groups import stats_triton
 
         out = _blank(values, weights, num_groups)
-        groups_triton.group_stats(values, group_ids, weights, out)
+        stats_triton.group_stats(values, group_ids, weights, out)
         return out
     return reference.group_stats(values, group_ids, num_groups, weights=weights)
 

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gikernels
 from gikernels import backends, reference
-from gikernels.settings import workspace
+from gikernels.backends.settings import workspace
 
-MODULE = sys.modules["gikernels.linear_logprobs"]
+MODULE = sys.modules["gikernels.vocabulary.linear_logprobs"]
 linear_logprobs = gikernels.linear_logprobs
 BACKENDS = ("reference", "triton")
 NAN, INF = float("nan"), float("inf")
@@ -288,7 +288,7 @@ def test_two_runs_are_bit_equal_and_graphs_can_be_used_twice(backend, device):
 def test_forward_is_one_launch(device, monkeypatch):
     if not backends()["triton"]:
         pytest.skip(backends()["triton"].reason)
-    from gikernels import linear_logprobs_triton as half
+    from gikernels.vocabulary import linear_logprobs_triton as half
 
     launches, kernel = [], half._forward_kernel
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import gikernels
-from gikernels import build, partition
+from gikernels import partition
+from gikernels.backends import build
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 COMPILER = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler"
 )
@@ -89,7 +90,7 @@ def test_the_name_changes_with_source_flags_and_compiler(fresh, tmp_path):
 
 @COMPILER
 def test_two_processes_race_for_one_library(quick, tmp_path):
-    code = "from gikernels import build; print(build.status('cpp')[1])"
+    code = "from gikernels.backends import build; print(build.status('cpp')[1])"
     cache = tmp_path / "cache"
     environment = {
         **os.environ,

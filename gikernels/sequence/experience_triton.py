@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gikernels import grid
+from gikernels.backends import grid
 from gikernels.reference import Experience, Gae
 
 # --- kernels: scans -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The Triton half of groups.py: count, mean and M2 of groups in one launch.
+"""The Triton half of stats.py: count, mean and M2 of groups in one launch.
 
 Imported when the first kernel is launched. A program takes a slice of the values and a handful of
 groups; the last of the programs that share groups merges their parts, in the order of slices.
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gikernels import grid
+from gikernels.backends import grid
 from gikernels.reference import GroupStats
 
 

@@ -2,7 +2,7 @@
 
 A chunk of logits z is (n, c): some rows, some columns of the vocabulary. It is worked on in place
 and, on a CPU, small enough to stay in the cache; no (rows x vocabulary) tensor ever exists. A row's
-statistics are relative to its maximum, `peak`, as in gikernels.tiles (u = z - peak):
+statistics are relative to its maximum, `peak`, as in gikernels.vocabulary.tiles (u = z - peak):
 
     total    = sum exp(u)                 log-sum-exp = peak + log(total)
     weighted = sum exp(u) u               entropy     = log(total) - weighted / total
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gikernels import checks, dispatch
+from gikernels.backends import checks, dispatch
 
 # --- arguments ----------------------------------------------------------------------------------
 

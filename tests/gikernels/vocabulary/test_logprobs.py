@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import gikernels
 from gikernels import BackendUnavailable, dispatch, logprobs, reference
-from gikernels.settings import workspace
+from gikernels.backends.settings import workspace
 
 # The interpreter's numpy warns where a GPU computes -inf - -inf without a word.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

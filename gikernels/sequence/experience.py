@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gikernels import checks, dispatch
+from gikernels.backends import checks, dispatch
 from gikernels.reference import Experience, Gae, TokenStats, kl_estimate, stat_dtype
+from gikernels.vocabulary.linear_logprobs import linear_logprobs
 
 BACKENDS = ("triton", "reference")
 EXPERIENCE_BACKENDS = ("triton", "cpp", "reference")
@@ -25,14 +26,14 @@ def _half(chosen: str) -> Any:
     """Each has gae, experience and normalize, which write into their last argument; C++ has the
     second only, as the others are a small part of its work."""
     if chosen == "triton":
-        from gikernels import experience_triton
+        from gikernels.sequence import experience_triton
 
         return experience_triton
     if chosen == "cpp":
-        from gikernels import experience_cpp
+        from gikernels.sequence import experience_cpp
 
         return experience_cpp
-    from gikernels import experience_torch
+    from gikernels.sequence import experience_torch
 
     return experience_torch
 
@@ -433,8 +434,6 @@ def linear_experience(
     vocabulary, which needs `ref`. Ignored rows are masked steps; sequences may be empty. The
     statistics keep their gradient, the experience is constant.
     """
-    import gikernels  # here, because the package imports this file
-
     checks.dims("hidden", checks.floats("hidden", hidden), 2, "(N, D)")
     checks.shape("targets", checks.ints("targets", targets), (len(hidden),), "(N), one a row")
     checks.dims("cu_seqlens", checks.ints("cu_seqlens", cu_seqlens), 1, "(S + 1)")
@@ -443,7 +442,7 @@ def linear_experience(
     checks.one_of("estimator", estimator, (*ESTIMATORS, "exact"))
     if estimator == "exact" and ref is None:
         raise ValueError("ref: got None, want (ref_hidden, ref_weight), as estimator is 'exact'")
-    stats = gikernels.linear_logprobs(
+    stats = linear_logprobs(
         hidden,
         weight,
         targets,

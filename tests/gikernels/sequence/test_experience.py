@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gikernels as gk
-from gikernels import experience_torch, experience_triton, reference
+from gikernels import reference
+from gikernels.sequence import experience_torch, experience_triton
 
 BACKENDS = ["reference", "triton"]
 WITH_CPP = [*BACKENDS, "cpp"]  # `experience` alone has it, and on the CPU alone

@@ -1,7 +1,8 @@
 """The one setting of the vocabulary operations: how much scratch memory they may use.
 
-    gikernels.settings.workspace_bytes["cuda"] = 1 << 30      # for good
-    with workspace(1 << 30): ...                              # for a block
+    from gikernels.backends.settings import workspace_bytes
+    workspace_bytes["cuda"] = 1 << 30           # for good
+    with gikernels.workspace(1 << 30): ...      # for a block
 
 More is a little faster; the results differ in rounding only. A workspace is never kept: it is
 allocated inside a call and freed at its end.

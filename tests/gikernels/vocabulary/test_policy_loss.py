@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gikernels import backends, linear_policy_loss, reference
-from gikernels.settings import workspace
+from gikernels.backends.settings import workspace
 
-MODULE = sys.modules["gikernels.policy_loss"]
+MODULE = sys.modules["gikernels.vocabulary.policy_loss"]
 NAN, INF = float("nan"), float("inf")
 DENOM = 50.0
 
@@ -299,7 +299,7 @@ def test_rows_without_a_gradient_are_left_out(backend, device, monkeypatch):
 
     monkeypatch.setattr(MODULE, "active_rows", spy)
     if backend == "triton":
-        from gikernels import policy_loss_triton
+        from gikernels.vocabulary import policy_loss_triton
 
         monkeypatch.setattr(policy_loss_triton, "active_rows", spy)
     got = run(linear_policy_loss, p, {}, backend=backend)

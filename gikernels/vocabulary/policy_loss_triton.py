@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gikernels import tiles
-from gikernels.head import Head, RowStats, spans
-from gikernels.policy_loss import Recipe, Tokens, active_rows
-from gikernels.settings import workspace_for
+from gikernels.backends.settings import workspace_for
+from gikernels.vocabulary import tiles
+from gikernels.vocabulary.head import Head, RowStats, spans
+from gikernels.vocabulary.policy_loss import Recipe, Tokens, active_rows
 
 DLOGITS_ROWS = 32
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gikernels import checks, reference
+from gikernels import reference
+from gikernels.backends import checks
 from gikernels.reference import LossOut
 
 
