@@ -1,7 +1,7 @@
 """`logprobs`: log-probability, entropy and exact KL of tokens whose logits one already has.
 
 Read downward: the op in chunks of PyTorch, the custom op with its gradient, the public function.
-The kernels are in logprobs_triton.py.
+The kernels are in logprobs_kernels.py, their launchers in logprobs_triton.py.
 
 One pass over the logits. With u = z - peak the final logits below their row's maximum, and ref_u
 the same of the reference, the sums
@@ -21,15 +21,13 @@ of the three results, and log p_j - log q_j - kl = u_j - ref_u_j - cross / total
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from gikernels.backends import checks, dispatch
 from gikernels.backends.settings import workspace_for
 from gikernels.reference import TokenStats, stat_dtype, transform_logits
+from gikernels.vocabulary.logprobs_transform import Transform, row_view
 
 BACKENDS = ("triton", "reference")
 
@@ -38,25 +36,6 @@ def _choose(backend: str, logits: Tensor) -> str:
     """fp64 is for gradcheck, so that "auto" takes what is exact: tanh in a kernel is fp32's."""
     exact = logits.dtype == torch.float64
     return dispatch.choose(backend, logits, BACKENDS[::-1] if exact else BACKENDS)
-
-
-class Transform(NamedTuple):
-    """From the given logits to the final ones: scale, softcap, temperature, in this order."""
-
-    temperature: float | Tensor  # a number, or (N)
-    softcap: float | None
-    logit_scale: float
-
-
-def row_view(logits: Tensor) -> Tensor:
-    """(..., V) as (A, B, V), a view unless three strides lead: `logits[:, :-1]` is not copied."""
-    *lead, vocab = logits.shape
-    for k in range(len(lead) + 1):
-        try:
-            return logits.view(math.prod(lead[:k]), math.prod(lead[k:]), vocab)
-        except RuntimeError:
-            continue
-    return logits.reshape(1, -1, vocab)
 
 
 # --- in chunks of PyTorch -----------------------------------------------------------------------

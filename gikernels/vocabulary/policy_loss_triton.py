@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gikernels.backends import grid
 from gikernels.backends.settings import workspace_for
-from gikernels.vocabulary import tiles
+from gikernels.vocabulary import launch, tiles
 from gikernels.vocabulary.head import Head, RowStats, spans
-from gikernels.vocabulary.policy_loss import Recipe, Tokens, active_rows
+from gikernels.vocabulary.policy_loss_terms import Recipe, Tokens, active_rows
 
 DLOGITS_ROWS = 32
 
@@ -188,9 +189,9 @@ def chunked(
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """Log-probabilities and entropies (N), and the gradients of hidden, weight and bias."""
     (n, d), v, device = hidden.shape, len(head.weight), hidden.device
-    block = tiles.blocks_for(hidden, head.weight)
+    block = launch.blocks_for(hidden, head.weight)
     segment = block.cols // block.parts
-    exps_dtype = torch.float32 if tiles.scratch_dtype(hidden) == torch.float32 else torch.bfloat16
+    exps_dtype = torch.float32 if launch.scratch_dtype(hidden) == torch.float32 else torch.bfloat16
     tall, wide = _chunk_shape(n, v, workspace_for(device), exps_dtype.itemsize, block)
     exps = torch.empty(tall, wide, dtype=exps_dtype, device=device)[:, :v]
     # One chunk gives dW in one product; several are added in fp32, and so is what is scaled later.
@@ -223,21 +224,21 @@ def chunked(
         )[:, source]
         dz = _dlogits(exps, hidden.dtype, peaks, source, some.rows(source), per_row, head, segment)
         if dx is not None:
-            product = tiles.new_product(dz, head.weight)
+            product = launch.new_product(dz, head.weight)
             dx[rows.start + source] = product
         if len(source) < len(x):
             x = x[source]
         if dw is not None and exact:
-            tiles.add_product(dw, dz.T, x)
+            launch.add_product(dw, dz.T, x)
         elif dw is not None:
-            tiles.write_product(dw, dz.T, x)
+            launch.write_product(dw, dz.T, x)
         if db is not None:
             db += dz.sum(0, dtype=torch.float32)
     return logprobs, entropy, [dx, dw, db]
 
 
 def _chunk_shape(
-    n: int, v: int, workspace: int, itemsize: int, block: tiles.Blocks
+    n: int, v: int, workspace: int, itemsize: int, block: launch.Blocks
 ) -> tuple[int, int]:
     """Rows of a chunk whose exponentials and segments fit, and the distance of two rows.
 
@@ -253,20 +254,20 @@ def _chunk_shape(
 
 
 def _exps(
-    x: Tensor, tokens: Tokens, head: Head, block: tiles.Blocks, exps: Tensor
+    x: Tensor, tokens: Tokens, head: Head, block: launch.Blocks, exps: Tensor
 ) -> tuple[RowStats, Tensor, Tensor]:
     """Fills exps (n, V); returns the statistics, the peaks (n, S), and the targets' logits (n)."""
     n, v = len(x), len(head.weight)
     segments = -(-v // (block.cols // block.parts))
     parts = torch.empty(3, n, segments, dtype=torch.float32, device=x.device)
     target_z = torch.full((n,), torch.nan, dtype=torch.float32, device=x.device)
-    inner, outer = tiles.transform_constants(head.logit_scale, head.softcap, 1.0)
+    inner, outer = launch.transform_constants(head.logit_scale, head.softcap, 1.0)
     items = -(-n // block.rows) * -(-v // block.cols)
-    with tiles.on(x.device):
-        _exps_kernel[(tiles.programs(x.device, items),)](
-            **tiles.launch_arguments(block, x, head.weight),
+    with grid.on(x.device):
+        _exps_kernel[(launch.programs(x.device, items),)](
+            **launch.launch_arguments(block, x, head.weight),
             targets=tokens.targets.contiguous(),
-            bias=tiles.contiguous(head.bias),
+            bias=launch.contiguous(head.bias),
             temperatures=tokens.temperature.contiguous(),
             exps=exps,
             segments=parts,
@@ -314,8 +315,8 @@ def _dlogits(
     """dZ (k, V) of the products' dtype, in the memory of exps."""
     dz = exps if exps.dtype == torch.float32 else exps.view(dtype)
     k, v = len(source), exps.shape[1]
-    inner, outer = tiles.transform_constants(head.logit_scale, head.softcap, 1.0)
-    with tiles.on(exps.device):
+    inner, outer = launch.transform_constants(head.logit_scale, head.softcap, 1.0)
+    with grid.on(exps.device):
         _dlogits_kernel[(peaks.shape[1], -(-k // DLOGITS_ROWS))](
             exps=exps,
             dz=dz,
@@ -349,9 +350,9 @@ def aot_cases(arch: int | str) -> Iterator[dict[str, Any]]:
     ]
     for name, options in variants:
         dtype = options.get("dtype", "bf16")
-        block = tiles.blocks(arch, 4 if dtype == "fp32" else 2, 1, True)
+        block = launch.blocks(arch, 4 if dtype == "fp32" else 2, 1, True)
         exps = {"exps": f"*{dtype}", "exps_n": "i32", "S": "i32", "target_z": "*fp32"}
-        yield tiles.aot_case(
+        yield launch.aot_case(
             _exps_kernel,
             f"exps_kernel_{name}",
             arch,
@@ -359,7 +360,7 @@ def aot_cases(arch: int | str) -> Iterator[dict[str, Any]]:
             temperatures=True,
             **options,
         )
-        yield tiles.aot_case(
+        yield launch.aot_case(
             _dlogits_kernel,
             f"policy_dlogits_kernel_{name}",
             arch,

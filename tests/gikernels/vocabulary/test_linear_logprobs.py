@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gikernels
 from gikernels import backends, reference
 from gikernels.backends.settings import workspace
+from gikernels.vocabulary import linear_logprobs as MODULE
 
-MODULE = sys.modules["gikernels.vocabulary.linear_logprobs"]
 linear_logprobs = gikernels.linear_logprobs
 BACKENDS = ("reference", "triton")
 NAN, INF = float("nan"), float("inf")
@@ -290,14 +290,14 @@ def test_forward_is_one_launch(device, monkeypatch):
         pytest.skip(backends()["triton"].reason)
     from gikernels.vocabulary import linear_logprobs_triton as half
 
-    launches, kernel = [], half._forward_kernel
+    launches, kernel = [], half.forward_kernel
 
     class Counting:
         def __getitem__(self, grid):
             launches.append(grid)
             return kernel[grid]
 
-    monkeypatch.setattr(half, "_forward_kernel", Counting())
+    monkeypatch.setattr(half, "forward_kernel", Counting())
     p = problem(device)
     args, keywords = arguments(p, OPTIONS["everything"])
     linear_logprobs(*args, **keywords, backend="triton")

@@ -1,6 +1,5 @@
 """linear_policy_loss: loss, metrics and gradients against float64, on each backend."""
 
-import sys
 from collections import Counter
 
 import pytest
@@ -12,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gikernels import backends, linear_policy_loss, reference
 from gikernels.backends.settings import workspace
+from gikernels.vocabulary import policy_loss as MODULE
 
-MODULE = sys.modules["gikernels.vocabulary.policy_loss"]
 NAN, INF = float("nan"), float("inf")
 DENOM = 50.0
 
