@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 import torch
 
-from gikernels import build, dispatch, partition
+from gikernels import partition
+from gikernels.backends import build, dispatch
 
 ROWS = ((1, 512), (1, 8192), (1, 131072), (1, 10**6), (64, 1024))  # (batch, n)
 GROUPS = (2, 8)

@@ -383,13 +383,13 @@ OPS: dict[str, Callable[[str], Iterator[Case]]] = {
 
 # The tests that have to be green before a speed is reported.
 TESTS = {
-    "linear_logprobs": "tests/gikernels/test_linear_logprobs.py",
-    "logprobs": "tests/gikernels/test_logprobs.py",
-    "linear_policy_loss": "tests/gikernels/test_policy_loss.py",
-    "experience": "tests/gikernels/test_experience.py",
-    "groups": "tests/gikernels/test_groups.py",
-    "group_advantages": "tests/gikernels/test_groups.py",
-    "partition": "tests/gikernels/test_partition.py",
+    "linear_logprobs": "tests/gikernels/vocabulary/test_linear_logprobs.py",
+    "logprobs": "tests/gikernels/vocabulary/test_logprobs.py",
+    "linear_policy_loss": "tests/gikernels/vocabulary/test_policy_loss.py",
+    "experience": "tests/gikernels/sequence/test_experience.py",
+    "groups": "tests/gikernels/groups/test_stats.py",
+    "group_advantages": "tests/gikernels/groups/test_stats.py",
+    "partition": "tests/gikernels/groups/test_partition.py",
 }
 
 

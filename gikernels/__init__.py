@@ -3,21 +3,17 @@
 `gikernels.reference` is the executable specification; each operation's own file has the rest.
 """
 
-from gikernels.dispatch import BackendStatus, BackendUnavailable, backends
-from gikernels.experience import (
-    experience,
-    gae,
-    kl_penalty,
-    linear_experience,
-    normalize_advantages,
+from gikernels.backends.dispatch import BackendStatus, BackendUnavailable, backends
+from gikernels.backends.settings import workspace
+from gikernels.groups.partition import partition
+from gikernels.groups.stats import (
+    group_advantages,
+    group_stats,
+    group_weights,
+    merge_stats,
+    soft_groups,
 )
-from gikernels.groups import group_advantages, group_stats, group_weights, merge_stats, soft_groups
-from gikernels.linear_logprobs import linear_logprobs
-from gikernels.logprobs import logprobs
-from gikernels.losses import difference_objective, ppo_loss, preference_loss, value_loss
 from gikernels.meta import meta_ascent
-from gikernels.partition import partition
-from gikernels.policy_loss import linear_policy_loss
 from gikernels.reference import (
     Experience,
     Gae,
@@ -27,7 +23,17 @@ from gikernels.reference import (
     SoftGroups,
     TokenStats,
 )
-from gikernels.settings import workspace
+from gikernels.sequence.experience import (
+    experience,
+    gae,
+    kl_penalty,
+    linear_experience,
+    normalize_advantages,
+)
+from gikernels.sequence.losses import difference_objective, ppo_loss, preference_loss, value_loss
+from gikernels.vocabulary.linear_logprobs import linear_logprobs
+from gikernels.vocabulary.logprobs import logprobs
+from gikernels.vocabulary.policy_loss import linear_policy_loss
 
 __all__ = [
     "BackendStatus",

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor
 
-from gikernels import checks
+from gikernels.backends import checks
 
 
 def meta_ascent(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 import gikernels
-from gikernels import checks
+from gikernels.backends import checks
 from gikernels.reference import transform_logits
 
 IGNORE = -100  # the label that Hugging Face models skip

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import gikernels
-from gikernels import checks
+from gikernels.backends import checks
 
 
 class InferredGroups(NamedTuple):

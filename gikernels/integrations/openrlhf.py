@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 import gikernels
-from gikernels import checks
+from gikernels.backends import checks
 from gikernels.integrations.losses import sequence_mean_weights, weighted_ppo_loss
 from gikernels.integrations.replace import replaced
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gikernels import build
+from gikernels.backends import build
 
 HERE = Path(__file__).parent
 FLAGS = ["-O0", "-std=c++17", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra", f"-I{HERE}"]

@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from multiprocessing import get_context
+from pathlib import Path
 
 from triton.backends.compiler import GPUTarget
 
@@ -44,14 +45,19 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
 FIRST_ONLY = {"sm_80", "sm_120", "gfx942"}
+ROOMS = ("backends", "groups", "sequence", "vocabulary")
 KNOWN = {"name", "fn", "signature", "constexprs", "attrs", "archs", "main"}
 
 
 def modules():
     import gikernels
 
-    names = sorted(m.name for m in pkgutil.iter_modules(gikernels.__path__))
-    return [importlib.import_module(f"gikernels.{name}") for name in names]
+    top = Path(gikernels.__file__).parent
+    return [
+        importlib.import_module(f"gikernels.{room}.{found.name}")
+        for room in ROOMS
+        for found in pkgutil.iter_modules([str(top / room)])
+    ]
 
 
 def cases(target: str, every: bool = False) -> list[dict]:

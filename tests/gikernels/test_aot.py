@@ -60,6 +60,7 @@ def test_main_kernels_spill_nothing(compiled):
 
 def test_logits_are_read_16_bytes_at_a_time(compiled):
     """Forward from logits is a matter of bandwidth; narrower loads halve it."""
-    ours = [r for r in compiled["records"] if r["module"] == "gikernels.logprobs_triton"]
-    streaming = [r for r in ours if r["kernel"] in ("_forward_kernel", "_backward_kernel")]
+    module = "gikernels.vocabulary.logprobs_kernels"
+    ours = [r for r in compiled["records"] if r["module"] == module]
+    streaming = [r for r in ours if r["kernel"] in ("forward_kernel", "backward_kernel")]
     assert streaming and all(r["wide_loads"] for r in streaming)

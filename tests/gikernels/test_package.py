@@ -2,8 +2,10 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,23 @@ import gikernels
 
 PACKAGE = Path(gikernels.__file__).parent
 
-# What operations may share; everything else in the package is an operation.
-SHARED = {"reference", "dispatch", "checks", "settings", "build", "head", "tiles", "grid"}
+# From the ground up: a file may import what lies below its room, and in its room what its
+# operation has and what all there share.
+FLOORS = (
+    "reference",
+    "backends",
+    "vocabulary",
+    "sequence",
+    "groups",
+    "meta",
+    "",  # gikernels itself: the public API
+    "build",
+    "integrations",
+)
+OPERATIONS = {"vocabulary", "sequence", "groups"}
+SHARED = {"gikernels.vocabulary.head", "gikernels.vocabulary.tiles", "gikernels.vocabulary.launch"}
+# linear_experience is linear_logprobs and experience, one after the other.
+BOTH = ("gikernels.sequence.experience", "gikernels.vocabulary.linear_logprobs")
 
 
 def run(code, **environment):
@@ -78,30 +95,68 @@ def test_all_is_the_whole_api():
         assert getattr(gikernels, name).__doc__, f"{name} has no docstring"
 
 
+def name_of(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
 def imports(path):
-    """Names of the modules that a file imports, wherever in it."""
+    """Modules that a file imports, wherever in it: ours to the file, others to the top."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            within = [f"{node.module}.{alias.name}" for alias in node.names]
+            assert "torch.distributed" not in within, f"{path.name}: no collective calls"
+            found = [name if name in FILES else node.module for name in within]
+        else:
+            continue
+        for name in found:
+            assert not name.startswith("torch.distributed"), f"{path.name}: no collective calls"
+            yield name if name in FILES else name.partition(".")[0]
 
 
-def operation(module):
-    """X, X_torch, X_cpp and X_triton are one operation."""
-    return module.removesuffix("_torch").removesuffix("_cpp").removesuffix("_triton")
+def room(name):
+    return name.split(".")[1] if "." in name else ""
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
-def test_arrows_point_one_way(path):
-    """Operations use what is shared, and never each other."""
-    standard, ours = set(sys.stdlib_module_names), {p.stem for p in PACKAGE.glob("*.py")}
-    for name in imports(path):
-        top, _, rest = name.partition(".")
-        assert top in standard | {"torch", "triton", "gikernels"}, f"{path.name} imports {name}"
-        assert not name.startswith("torch.distributed"), f"{path.name}: no collective calls"
-        module = rest.partition(".")[0]
-        if top == "gikernels" and module in ours - SHARED and path.stem != "__init__":
-            assert operation(module) == operation(path.stem), f"{path.name} imports {name}"
+def operation(name):
+    """X, X_torch, X_cpp, X_triton, ... are one operation."""
+    return re.sub("_(torch|cpp|triton|kernels|ops|parts|terms|transform)$", "", name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_arrows_point_one_way(name):
+    """Downward between rooms; operations use what is shared, and never each other."""
+    others = set(sys.stdlib_module_names) | {"torch", "triton"}
+    for found in imports(FILES[name]):
+        if found not in FILES:
+            peers = room(name) == "integrations" and found not in ("trainer", "bench", "tests")
+            assert found in others or peers, f"{name} imports {found}"
+            continue
+        mine, theirs = FLOORS.index(room(name)), FLOORS.index(room(found))
+        assert theirs <= mine, f"{name} imports {found}, which lies above it"
+        if room(name) in OPERATIONS and room(found) in OPERATIONS:
+            fine = found in SHARED or operation(found) == operation(name) or (name, found) == BOTH
+            assert fine, f"{name} imports {found}: another operation"
+
+
+def test_no_circles():
+    """Between files, an operation's halves among them: the graph can be sorted."""
+    graph = {name: set(imports(path)) - {name} for name, path in FILES.items()}
+    tuple(TopologicalSorter(graph).static_order())
+
+
+def test_rooms_say_what_they_are_for():
+    for path in PACKAGE.glob("*/__init__.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), f"{path.parent.name} says nothing"
+
+
+def test_files_can_be_read_in_one_sitting():
+    for path in FILES.values():
+        lines = len(path.read_text().splitlines())
+        assert lines <= 450 or path.stem == "reference", f"{path.name}: {lines} lines"

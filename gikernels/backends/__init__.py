@@ -1,0 +1,1 @@
+"""What runs where: the choice of a backend, compiled code, checked arguments, launches."""

@@ -1,0 +1,97 @@
+"""Which backend runs, and why.
+
+`reference` is PyTorch in bounded chunks and runs everywhere; `triton` runs on a GPU, and under its
+interpreter where the variable TRITON_INTERPRET=1 asks for it; `cuda` and `cpp` are csrc/, compiled
+by `gikernels.build`. Nothing is probed before somebody asks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "triton", "cuda", "cpp")
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for by name cannot run here; the message says why."""
+
+
+class BackendStatus(NamedTuple):
+    """True where the backend can run; `reason` says why not, or what it will use."""
+
+    available: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.available
+
+
+def interpreting() -> bool:
+    """Triton reads the variable when a kernel is decorated: set it before the import."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def _triton() -> BackendStatus:
+    if importlib.util.find_spec("triton") is None:
+        return BackendStatus(False, "triton is not installed: pip install triton")
+    if interpreting():
+        return BackendStatus(True, "interpreted on the CPU (TRITON_INTERPRET=1): for tests, slow")
+    if not torch.cuda.is_available():
+        return BackendStatus(False, "no GPU that this PyTorch can use (torch.cuda.is_available())")
+    return BackendStatus(True, torch.cuda.get_device_name())
+
+
+def _native(name: str) -> BackendStatus:
+    from gikernels.backends import build  # here: it needs fcntl, which Windows has not
+
+    return BackendStatus(*build.status(name))
+
+
+def backend_status(name: str) -> BackendStatus:
+    if name == "reference":
+        return BackendStatus(True, "PyTorch, in chunks of bounded size, on any device")
+    return _triton() if name == "triton" else _native(name)
+
+
+def backends() -> dict[str, BackendStatus]:
+    """What this machine has; for each missing backend, why. `bool(backends()["triton"])` works."""
+    return {name: backend_status(name) for name in BACKENDS}
+
+
+def choose(backend: str, tensor: Tensor, offers: tuple[str, ...]) -> str:
+    """The backend that will run for `tensor`, of those that the operation offers, best first.
+
+    "auto" takes the first offer that works where the tensor lives. A backend named by the caller
+    is taken or refused, never replaced.
+    """
+    if backend == "auto":
+        return next(name for name in offers if _suits(name, tensor))
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, want 'auto' or one of {offers}")
+    if backend not in offers:
+        raise BackendUnavailable(f"backend {backend!r}: not for this operation, which has {offers}")
+    status = backend_status(backend)
+    if not status:
+        raise BackendUnavailable(f"backend {backend!r} cannot run here: {status.reason}")
+    if backend in ("triton", "cuda") and not tensor.is_cuda and not _interpreted(backend):
+        raise BackendUnavailable(f"backend {backend!r} wants CUDA tensors, got {tensor.device}")
+    if backend == "cpp" and tensor.device.type != "cpu":
+        raise BackendUnavailable(f"backend 'cpp' wants CPU tensors, got {tensor.device}")
+    return backend
+
+
+def _interpreted(backend: str) -> bool:
+    return backend == "triton" and interpreting()
+
+
+def _suits(name: str, tensor: Tensor) -> bool:
+    """Whether "auto" takes it. The interpreter is never chosen, only asked for."""
+    if name == "reference":
+        return True
+    on_its_device = tensor.device.type == ("cpu" if name == "cpp" else "cuda")
+    return on_its_device and not _interpreted(name) and bool(backend_status(name))

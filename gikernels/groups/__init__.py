@@ -1,0 +1,1 @@
+"""Over sequences: statistics of groups, and the partition that infers groups."""

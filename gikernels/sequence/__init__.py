@@ -1,0 +1,1 @@
+"""Over the steps of a sequence: penalties, advantages and the losses made of them."""

@@ -1,0 +1,398 @@
+"""The PPO loss straight from hidden states, with its gradients formed on the way.
+
+    stats = linear_logprobs(hidden, weight, targets)        2NHV forward, 6NHV backward
+    loss  = ppo_loss(stats.logprobs, ...) + kl_coef * kl - entropy_coef * entropy
+
+A per-token interface has to compute the logits again in the backward, because it cannot know the
+upstream gradients before. Here the loss is inside, a scalar, so its upstream gradient is a factor:
+a chunk of rows whose logits fit into the workspace gives its statistics, its loss, its dZ, and both
+products, one after the other: 6NHV in all. The forward does this where a gradient is wanted (under
+no_grad it does not), and the backward only multiplies.
+
+Read downward: chunked PyTorch, custom operation, public function. The loss of a chunk is in
+policy_loss_terms.py, the Triton half in policy_loss_triton.py.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from gikernels import reference
+from gikernels.backends import checks
+from gikernels.backends.settings import workspace_for
+from gikernels.reference import LossOut, stat_dtype
+from gikernels.vocabulary.head import (
+    Head,
+    RowStats,
+    check_values,
+    choose_backend,
+    dlogits_,
+    full_precision,
+    head_arguments,
+    merge,
+    pick_target,
+    row_grads,
+    scratch,
+    spans,
+    temperature_arguments,
+    tile_stats_,
+    transform_arguments,
+    view,
+)
+from gikernels.vocabulary.policy_loss_terms import Recipe, Tokens, active_rows
+
+# --- chunked PyTorch ----------------------------------------------------------------------------
+
+
+def _chunked(
+    hidden: Tensor,  # (n, D)
+    tokens: Tokens,
+    head: Head,
+    recipe: Recipe,
+    scale: Tensor,  # () what the gradients are multiplied by
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Log-probabilities and entropies (n), and the gradients of hidden, weight and bias."""
+    n, v, dtype = len(hidden), len(head.weight), tokens.temperature.dtype
+    shapes = (hidden.shape, head.weight.shape, head.weight.shape[:1])
+    sums = [
+        hidden.new_zeros(shape, dtype=dtype) if yes else None for shape, yes in zip(shapes, wanted)
+    ]
+    logprobs, entropy = hidden.new_empty(n, dtype=dtype), hidden.new_empty(n, dtype=dtype)
+    # The logits of a chunk of rows; of some columns the exponentials and, with a softcap, slope.
+    wide = min(v, max(1024, v // 8))
+    tall = min(max(n, 1), max(1, workspace_for(hidden.device) // dtype.itemsize // (v + 2 * wide)))
+    z, spare = scratch(hidden, tall * v, 1, dtype)[0], scratch(hidden, tall * wide, 1, dtype)[0]
+    for rows in spans(n, tall):
+        x, some = hidden[rows].to(dtype), tokens.rows(rows)
+        # Each block of columns is contiguous, for the sake of the products.
+        tiles = [
+            (cols, z[len(x) * cols.start : len(x) * cols.stop].view(len(x), -1))
+            for cols in spans(v, wide)
+        ]
+        stats, peaks, target_z = None, [], torch.full_like(some.temperature, torch.nan)
+        for cols, tile in tiles:
+            head.columns(cols, dtype).logits(x, some.temperature, tile)
+            target_z = pick_target(target_z, tile, some.targets, cols.start)
+            new = tile_stats_(tile, view(spare, rows, cols))  # leaves tile - new.peak
+            peaks.append(new.peak)
+            stats = new if stats is None else merge(stats, new)
+        assert stats is not None
+        logprobs[rows] = target_z - stats.peak - stats.total.log()
+        entropy[rows] = stats.entropy
+        if any(wanted):
+            _add_gradients(
+                x, some, logprobs[rows], stats, tiles, peaks, spare, head, recipe, scale, sums, rows
+            )
+    return logprobs, entropy, sums
+
+
+def _add_gradients(
+    x: Tensor,  # (n, D): a chunk of rows
+    tokens: Tokens,
+    logprobs: Tensor,
+    stats: RowStats,
+    tiles: list[tuple[slice, Tensor]],  # columns, and their logits minus the tile's own peak
+    peaks: list[Tensor],  # of the tiles, (n) each
+    spare: Tensor,
+    head: Head,
+    recipe: Recipe,
+    scale: Tensor,
+    sums: list[Tensor | None],
+    rows: slice,  # where the chunk lies in sums[0]
+) -> None:
+    all_dx, dw, db = sums
+    slope = recipe.slope(logprobs, tokens)
+    active = active_rows(slope, recipe)
+    if len(active) == 0:
+        return
+
+    def pick(t: Tensor) -> Tensor:
+        return t if len(active) == len(slope) else t[active]
+
+    x, temperature = pick(x), pick(tokens.temperature)
+    stats = RowStats._make(pick(t) if len(t) else t for t in stats)
+    g_logprob = pick(slope) * scale
+    g_entropy = None
+    if recipe.entropy_coef:
+        g_entropy = torch.full_like(g_logprob, -recipe.entropy_coef) * scale
+    grads = row_grads(pick(tokens.targets), stats, pick(logprobs), g_logprob, g_entropy, None)
+    back = grads.factor * head.logit_scale / temperature
+    outer = head.outer(temperature)
+    dx = None if all_dx is None else torch.zeros_like(x)
+    for (cols, full_tile), full_peak in zip(tiles, peaks):
+        tile, peak = pick(full_tile), pick(full_peak)
+        if outer is None:
+            shifted = grads._replace(peak=stats.peak - peak)
+        else:  # the slope of the softcap wants the logits themselves
+            shifted = grads
+            tile.add_(peak.unsqueeze(1))
+        dz = dlogits_(tile, view(spare, slice(0, len(x)), cols), None, shifted, cols.start, outer)
+        if dx is not None:
+            dx.addmm_(dz, head.weight[cols].to(dz.dtype))
+        if dw is not None:
+            dw[cols].addmm_(dz.T, x * back.unsqueeze(1))
+        if db is not None:
+            db[cols].addmv_(dz.T, back)
+    if dx is not None and all_dx is not None:
+        all_dx[rows][active] = dx.mul_(back.unsqueeze(1))
+
+
+# --- custom operation ---------------------------------------------------------------------------
+
+METRICS = ("policy", "ratio", "clipfrac", "approxkl", "entropy", "kl")
+
+
+@torch.library.custom_op("gikernels::linear_policy_loss", mutates_args=())
+@full_precision
+def _op(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (N)
+    old_logprobs: Tensor,  # (N)
+    advantages: Tensor,  # (N)
+    mask: Tensor,  # (N)
+    denom: Tensor,  # ()
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    ref_logprobs: Tensor | None,  # (N)
+    kl_coef: float,
+    kl_estimator: str,
+    entropy_coef: float,
+    temperature: float,
+    temperatures: Tensor | None,  # (N), then `temperature` is 1
+    bias: Tensor | None,  # (V)
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+    wanted: list[bool],  # gradients of hidden, weight, bias
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss (), METRICS stacked, and the gradients of the loss, empty where not wanted.
+
+    Of fp16 the gradients come in fp32, of the sum and not of the loss: divided by denom they would
+    underflow before a loss scale can help.
+    """
+    dtype = stat_dtype(hidden, weight)
+    kept = mask.nonzero().squeeze(1)
+
+    def pick(t: Tensor) -> Tensor:
+        return t if len(kept) == len(mask) else t[kept]
+
+    if temperatures is None:
+        temperature_n = hidden.new_full((), temperature, dtype=dtype).expand(len(kept))
+    else:
+        temperature_n = pick(temperatures).to(dtype)
+    tokens = Tokens(
+        pick(targets).long(),
+        temperature_n,
+        pick(old_logprobs).to(dtype),
+        pick(advantages).to(dtype),
+        None if ref_logprobs is None else pick(ref_logprobs).to(dtype),
+    )
+    if hidden.device.type == "cpu":
+        check_values(tokens.targets, temperature_n, len(weight))
+    recipe = Recipe(clip_low, clip_high, dual_clip, kl_coef, kl_estimator, entropy_coef)
+    scale = torch.ones_like(denom) if hidden.dtype == torch.float16 else 1 / denom
+    x, head = pick(hidden), Head(weight, bias, softcap, logit_scale)
+    if backend == "triton":
+        from gikernels.vocabulary import policy_loss_triton
+
+        run = policy_loss_triton.chunked
+    else:
+        run = _chunked
+    logprobs, entropy, (dx, dw, db) = run(x, tokens, head, recipe, scale, wanted)
+    if dx is not None and len(kept) < len(mask):
+        dx = torch.zeros(hidden.shape, dtype=dtype, device=dx.device).index_copy_(0, kept, dx)
+    saved = _saved_dtype(weight)
+    dx, dw, db = (
+        hidden.new_empty(0, dtype=d) if x is None else x.to(d)
+        for x, d in zip((dx, dw, db), (dtype, saved, saved))
+    )
+    return *_total(logprobs, entropy, tokens, recipe, denom), dx, dw, db
+
+
+def _saved_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float32 if weight.dtype == torch.float16 else weight.dtype
+
+
+def _total(
+    logprobs: Tensor, entropy: Tensor, tokens: Tokens, recipe: Recipe, denom: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The specification's own text, on rows that are all unmasked: a few vectors."""
+    everyone = torch.ones_like(logprobs, dtype=torch.bool)
+    loss, metrics = reference.ppo_loss(
+        logprobs,
+        tokens.old_logprobs,
+        tokens.advantages,
+        everyone,
+        denom=denom,
+        clip_low=recipe.clip_low,
+        clip_high=recipe.clip_high,
+        dual_clip=recipe.dual_clip,
+    )
+    mean_entropy = entropy.sum() / denom
+    values = [loss, *metrics.values(), mean_entropy]
+    loss = loss - recipe.entropy_coef * mean_entropy
+    if tokens.ref_logprobs is not None:
+        d = logprobs - tokens.ref_logprobs
+        kl = reference.kl_estimate(d, recipe.kl_estimator).sum() / denom
+        values.append(kl)
+        loss = loss + recipe.kl_coef * kl
+    return loss, torch.stack(values)
+
+
+@_op.register_fake
+def _(
+    hidden, weight, targets, old_logprobs, advantages, mask, denom, clip_low, clip_high, dual_clip,
+    ref_logprobs, kl_coef, kl_estimator, entropy_coef, temperature, temperatures, bias, softcap,
+    logit_scale, backend, wanted,
+):  # fmt: skip
+    dtype = stat_dtype(hidden, weight)
+    count = len(METRICS) - (ref_logprobs is None)
+    loss, metrics = hidden.new_empty((), dtype=dtype), hidden.new_empty(count, dtype=dtype)
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    dtypes = (dtype, _saved_dtype(weight), _saved_dtype(weight))
+    gradients = [
+        hidden.new_empty(shape if yes else 0, dtype=d)
+        for shape, yes, d in zip(shapes, wanted, dtypes)
+    ]
+    return loss, metrics, *gradients
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+    ctx.numbers = [None if isinstance(x, Tensor) else x for x in inputs]
+    # Not saved tensors: the first backward multiplies them in place, as a second dW of 1 GB at
+    # 128256 x 4096 is more than the workspace. Weak references tell whether anybody else can see
+    # them; linear_policy_loss drops them.
+    ctx.gradients = [x.detach() for x in output[2:]]
+    ctx.seen = [weakref.ref(x) for x in output[2:]]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, g_loss, *_):
+    inputs = [
+        number if tensor is None else tensor
+        for tensor, number in zip(ctx.saved_tensors, ctx.numbers)
+    ]
+    hidden, weight, bias, denom, wanted = (*inputs[:2], inputs[16], inputs[6], inputs[-1])
+    if g_loss is None:
+        return (None,) * len(inputs)
+    gradients, ctx.gradients = ctx.gradients, None
+    in_place = all(ref() is None for ref in ctx.seen)
+    if gradients is None:  # retain_graph: they were handed out, and are computed again
+        gradients, in_place = _op(*inputs)[2:], True
+    factor = g_loss / denom if hidden.dtype == torch.float16 else g_loss
+    out: list[Tensor | None] = [None] * len(inputs)
+    for i, x, gradient, yes in zip((0, 1, 16), (hidden, weight, bias), gradients, wanted):
+        if yes:
+            out[i] = _scaled(gradient, factor, x.dtype, in_place)
+    return tuple(out)
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+    """gradient * factor, rounded once; in place where allowed and of the same precision."""
+    # One dimension more than a number has, so that an fp32 factor is not rounded to bf16 first.
+    factor = factor.reshape((1,) * gradient.dim())
+    # What torch.compile traces is no plain tensor; there the compiler decides what is in place.
+    if gradient.dtype == dtype and in_place and type(gradient) is Tensor:
+        return torch.mul(gradient, factor, out=gradient)
+    return (gradient * factor).to(dtype)
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+# --- public -------------------------------------------------------------------------------------
+
+
+def linear_policy_loss(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D), of the same dtype
+    targets: Tensor,  # (N) integers
+    old_logprobs: Tensor,  # (N), no gradient
+    advantages: Tensor,  # (N), no gradient
+    *,
+    mask: Tensor,  # (N) bool
+    denom: float | Tensor,  # the GLOBAL number of tokens, a number or ()
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    ref_logprobs: Tensor | None = None,  # (N), no gradient
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    temperature: float | Tensor = 1.0,  # a number, or (N); no gradient
+    bias: Tensor | None = None,  # (V)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: str = "auto",  # "triton" or "reference"
+) -> LossOut:
+    """The clipped policy loss with its KL and entropy terms, without the logits:
+
+        stats = linear_logprobs(hidden, weight, targets, temperature, ...)
+        loss, metrics = ppo_loss(stats.logprobs, old_logprobs, advantages, mask, denom=denom, ...)
+        kl = kl_estimate(stats.logprobs - ref_logprobs, kl_estimator)
+        loss += ((kl_coef * kl - entropy_coef * stats.entropy) * mask).sum() / denom
+
+    Gradients flow through all three terms to hidden, weight and bias. They are formed in the
+    forward, where a gradient is wanted, and kept until the backward: forward + backward cost 6NHV.
+    Metrics are detached sums over mask / denom: policy, ratio, clipfrac, approxkl, entropy, and kl
+    where ref_logprobs are given. Scratch memory: gikernels.backends.settings, and a dW in fp32
+    while more than one chunk of rows is added up.
+    """
+    checks.dims("hidden", checks.floats("hidden", hidden), 2, "(N, D)")
+    hidden, weight, bias = head_arguments(hidden, weight, targets, bias)
+    rows = {"old_logprobs": old_logprobs, "advantages": advantages}
+    if ref_logprobs is not None:
+        rows["ref_logprobs"] = ref_logprobs
+    for name, x in rows.items():
+        checks.shape(name, checks.floats(name, x), targets.shape, "one for each row")
+    checks.shape("mask", checks.bools("mask", mask), targets.shape, "one for each row")
+    checks.same_device(hidden=hidden, mask=mask, **rows)
+    checks.number("clip_low", clip_low, at_least=0)
+    checks.number("clip_high", clip_high, at_least=0)
+    if dual_clip is not None:
+        checks.number("dual_clip", dual_clip, above=1)
+    if checks.number("kl_coef", kl_coef) and ref_logprobs is None:
+        raise checks.wrong("ref_logprobs", None, "a tensor (N), as kl_coef is not 0")
+    checks.number("entropy_coef", entropy_coef)
+    checks.one_of("kl_estimator", kl_estimator, ("k1", "k2", "k3"))
+    temperature, temperatures = temperature_arguments(temperature, targets)
+    softcap, logit_scale = transform_arguments(softcap, logit_scale)
+    dtype = stat_dtype(hidden, weight)
+    denom = checks.denominator(denom)
+    if isinstance(denom, Tensor):
+        denom = denom.detach().to(hidden.device, dtype)
+    else:
+        denom = hidden.new_full((), denom, dtype=dtype)
+    grad = torch.is_grad_enabled()
+    wanted = [x is not None and grad and x.requires_grad for x in (hidden, weight, bias)]
+    loss, metrics, *_ = _op(
+        hidden,
+        weight,
+        targets,
+        old_logprobs.detach(),
+        advantages.detach(),
+        mask,
+        denom,
+        float(clip_low),
+        float(clip_high),
+        None if dual_clip is None else float(dual_clip),
+        None if ref_logprobs is None else ref_logprobs.detach(),
+        float(kl_coef),
+        kl_estimator,
+        float(entropy_coef),
+        temperature,
+        temperatures,
+        bias,
+        softcap,
+        logit_scale,
+        choose_backend(backend, hidden),
+        wanted,
+    )
+    return LossOut(loss, dict(zip(METRICS, metrics.detach().unbind())))

@@ -1,0 +1,52 @@
+"""The loss as both halves of linear_policy_loss see it: what tokens bring, and their slope."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gikernels import reference
+
+
+class Tokens(NamedTuple):
+    """What is known of each row beside its hidden state, (N) each."""
+
+    targets: Tensor
+    temperature: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    ref_logprobs: Tensor | None
+
+    def rows(self, rows: slice | Tensor) -> Tokens:
+        return Tokens._make(None if x is None else x[rows] for x in self)
+
+
+class Recipe(NamedTuple):
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    kl_coef: float
+    kl_estimator: str
+    entropy_coef: float
+
+    def slope(self, logprobs: Tensor, tokens: Tokens) -> Tensor:
+        """d loss / d logprobs of each token, before the division by denom."""
+        old, advantages = tokens.old_logprobs, tokens.advantages
+        loss, ratio, clipped = reference.ppo_terms(
+            logprobs, old, advantages, self.clip_low, self.clip_high, self.dual_clip
+        )
+        slope = torch.where(clipped & ~loss.isnan(), 0, -ratio * advantages)
+        if tokens.ref_logprobs is None or self.kl_coef == 0:
+            return slope
+        d = logprobs - tokens.ref_logprobs
+        by_d = {"k1": torch.ones_like, "k2": lambda d: d, "k3": lambda d: -torch.expm1(-d)}
+        return slope + self.kl_coef * by_d[self.kl_estimator](d)
+
+
+def active_rows(slope: Tensor, recipe: Recipe) -> Tensor:
+    """Indices of the rows that have a gradient: not those that are clipped or have no advantage."""
+    if recipe.entropy_coef:
+        return torch.arange(len(slope), device=slope.device)
+    return (slope != 0).nonzero().squeeze(1)
