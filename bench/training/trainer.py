@@ -1,4 +1,4 @@
-"""Training throughput on the toy model, beside TRL's GRPOTrainer:  python -m bench.bench_trainer
+"""Training throughput on the toy model, beside TRL's GRPOTrainer:  python -m bench.training.trainer
 
 Same machine, process, model, prompts, samples a prompt, length limit, reward function, KL to a
 reference model, number of updates and precision (float32). Steps are interleaved: after each step
@@ -47,7 +47,7 @@ def setting(folder: Path, updates: int, *overrides: str):
             f"model.policy={folder / 'models/sft'}",
             "model.critic=policy",
             "reward.model_weight=0",
-            "reward.functions=[{function: 'bench.bench_trainer:first_letters'}]",
+            "reward.functions=[{function: 'bench.training.trainer:first_letters'}]",
             f"ppo.prompts_per_step={PROMPTS}",
             f"ppo.samples_per_prompt={SAMPLES}",
             "ppo.ppo_epochs=1",

@@ -1,6 +1,6 @@
 """Packed against padded sequences: tokens a second, forward and backward, on ragged lengths.
 
-    python bench/bench_packing.py [hidden] [layers]
+    python -m bench.training.packing [hidden] [layers]
 
 Three ways through the same sequences: padded in micro-batches as they come, padded in the trainer's
 micro-batches (sorted by length), packed. Interleaved; medians.

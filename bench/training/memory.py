@@ -1,6 +1,6 @@
 """Peak memory of one PPO step of a random 0.5B model on this CPU, against what has to be there.
 
-    python bench/bench_memory.py            wants 14 GiB of free memory, 4 GiB of disk, some minutes
+    python -m bench.training.memory    wants 14 GiB of free memory, 4 GiB of disk, some minutes
 
 Weights, gradients, AdamW's two moments and the frozen reference, all in float32, are what no
 trainer of this kind can do without; the bar is 1.3 times their sum. The dry run's estimate has to
@@ -28,7 +28,7 @@ SHAPE = {  # of Qwen2.5-0.5B
 SETTINGS = [
     "run.stages=[ppo]",
     "reward.model_weight=0",
-    "reward.functions=[{function: 'bench.bench_memory:varied'}]",
+    "reward.functions=[{function: 'bench.training.memory:varied'}]",
     "model.critic=policy",
     "model.gradient_checkpointing=true",
     "groups.inference=none",
@@ -87,7 +87,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
 
         def run(*arguments: str) -> str:
-            line = [sys.executable, "-m", "bench.bench_memory", *arguments]
+            line = [sys.executable, "-m", "bench.training.memory", *arguments]
             return subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout
 
         run("make", str(Path(folder, "model")))

@@ -1,7 +1,7 @@
 """The peak of extra memory while a function runs: what was not there before and is needed at once.
 
 On a GPU the caching allocator counts it. On a CPU the kernel's high-water mark of the resident set
-is read, in a process of its own (`python -m bench.memory REQUEST`) where freed memory has been
+is read, in a process of its own (`python -m bench.ops.memory REQUEST`) where freed memory has been
 given back.
 """
 
@@ -13,11 +13,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+from bench.host.process import CLEAR, resident
+from bench.ops import calls, cases
 
 
 def on_gpu(fn: Callable[[], object]) -> int:
@@ -27,11 +27,6 @@ def on_gpu(fn: Callable[[], object]) -> int:
     fn()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def resident(field: str) -> int:
-    line = next(x for x in STATUS.read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) << 10
 
 
 def _give_back() -> None:
@@ -52,22 +47,20 @@ def in_own_process(request: dict) -> int | None:
     """Bytes; None where the system does not tell (no /proc) or the contender cannot run."""
     if not CLEAR.exists():
         return None
-    command = [sys.executable, "-m", "bench.memory", json.dumps(request)]
+    command = [sys.executable, "-m", "bench.ops.memory", json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True)
     return int(done.stdout.split()[-1]) if done.returncode == 0 else None
 
 
 def main() -> None:
-    from bench import cases, measure
-
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request["threads"])
     case = cases.find(request["op"], request["size"], request["index"])
     contender = case.contender(request["contender"])
     device = torch.device("cpu")
     # A small run first: it loads libraries and starts threads, which is not the op's memory.
-    measure.prepare(case, contender, case.check_shape, device, request["mode"])()
-    fn = measure.prepare(case, contender, case.shape, device, request["mode"])
+    calls.prepare(case, contender, case.check_shape, device, request["mode"])()
+    fn = calls.prepare(case, contender, case.shape, device, request["mode"])
     print(here(fn))
 
 

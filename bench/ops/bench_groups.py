@@ -1,8 +1,8 @@
-"""`groups` and its peers: `pytest bench/bench_groups.py`."""
+"""`groups` and its peers: `pytest bench/ops/bench_groups.py`."""
 
 import pytest
 
-from bench import by_pytest
+from bench.ops import by_pytest
 
 
 @pytest.mark.parametrize("case, mode, contender", by_pytest.everybody("groups"))

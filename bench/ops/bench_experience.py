@@ -1,8 +1,8 @@
-"""`experience` and its peers: `pytest bench/bench_experience.py`."""
+"""`experience` and its peers: `pytest bench/ops/bench_experience.py`."""
 
 import pytest
 
-from bench import by_pytest
+from bench.ops import by_pytest
 
 
 @pytest.mark.parametrize("case, mode, contender", by_pytest.everybody("experience"))

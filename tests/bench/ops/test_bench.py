@@ -4,14 +4,14 @@ import csv
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from bench import __main__ as command
-from bench import cases, measure, report, timing
-from bench.peers import Absent, Contender
+from bench.host.machine import ROOT
+from bench.ops import calls, cases, measure, report, timing
+from bench.ops.peers import Absent, Contender
 
 FIELDS = {
     "op", "shape", "dtype", "mode", "contender", "median_ms", "p20_ms", "p80_ms", "calls", "rate",
@@ -29,7 +29,7 @@ def green(tmp_path):
 
 def bench(*arguments):
     line = [sys.executable, "-m", "bench", *map(str, arguments)]
-    return subprocess.run(line, cwd=command.ROOT, capture_output=True, text=True)
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_smoke_run_writes_everything(tmp_path, green):
@@ -66,8 +66,8 @@ def test_smoke_run_writes_everything(tmp_path, green):
     table = list(csv.DictReader(files[".csv"].open()))
     assert len(table) == len(rows) and float(table[0]["median_ms"]) == rows[0]["median_ms"]
     again = subprocess.run(
-        [sys.executable, "-m", "bench.report", str(files[".json"])],
-        cwd=command.ROOT, capture_output=True, text=True,
+        [sys.executable, "-m", "bench.ops.report", str(files[".json"])],
+        cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert again.stdout.strip() == files[".md"].read_text().strip()
 
@@ -93,23 +93,23 @@ def test_every_contender_computes_what_it_says(op):
     for case in cases.OPS[op]("quick"):
         plain = {}
         if any(c.name == "torch" for c in case.contenders):
-            plain = measure.errors(case, case.contender("torch"), torch.device("cpu"))
+            plain = calls.errors(case, case.contender("torch"), torch.device("cpu"))
             assert plain and max(plain.values()) < 1e-4
         for contender in case.contenders:
             try:
-                found = measure.errors(case, contender, torch.device("cpu"))
+                found = calls.errors(case, contender, torch.device("cpu"))
             except (Absent, ImportError):
                 continue
             assert found and max(found.values()) < 1e-4, contender.name
             ours = contender.name.startswith("gikernels")
-            assert not ours or measure.within_bound(found, plain), (found, plain)
+            assert not ours or calls.within_bound(found, plain), (found, plain)
 
 
 def test_bounds():
     plain = {"logprobs": 1e-4, "d hidden": 1e-3}
-    assert measure.within_bound({"logprobs": 2e-4, "d hidden": 1e-3}, plain)
-    assert not measure.within_bound({"logprobs": 1e-4, "d hidden": 2.1e-3}, plain)
-    assert not measure.within_bound({"logprobs": float("nan")}, plain)
+    assert calls.within_bound({"logprobs": 2e-4, "d hidden": 1e-3}, plain)
+    assert not calls.within_bound({"logprobs": 1e-4, "d hidden": 2.1e-3}, plain)
+    assert not calls.within_bound({"logprobs": float("nan")}, plain)
 
 
 def test_a_contender_that_fails_is_listed_with_its_reason():
@@ -151,5 +151,5 @@ def test_table_marks_what_is_out_of_bounds():
 
 
 def test_benchmarks_are_not_collected_by_make_test():
-    files = list(Path(command.ROOT / "bench").glob("bench_*.py"))
+    files = list((ROOT / "bench" / "ops").glob("bench_*.py"))
     assert files and all(not f.name.startswith("test_") for f in files)

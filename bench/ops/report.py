@@ -1,28 +1,18 @@
-"""The table and the plot of a results file:  python -m bench.report FILE.json [--plot FILE.png]"""
+"""The table and the plot of a results file.
+
+python -m bench.ops.report FILE.json [--plot FILE.png]
+"""
 
 from __future__ import annotations
 
 import argparse
 import csv
 import json
-import subprocess
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 Results = dict[str, Any]
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def commit() -> str:
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    head = git("rev-parse", "--short", "HEAD")
-    if not head:
-        return "no-git"
-    return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def load(path: Path) -> Results:
@@ -155,7 +145,7 @@ def plot(results: Results, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path, help="a .json of bench/results/")
     parser.add_argument("--plot", type=Path, help="also draw the plot there")
     args = parser.parse_args()

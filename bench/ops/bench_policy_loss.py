@@ -1,8 +1,8 @@
-"""`linear_policy_loss` and its peers: `pytest bench/bench_policy_loss.py`."""
+"""`linear_policy_loss` and its peers: `pytest bench/ops/bench_policy_loss.py`."""
 
 import pytest
 
-from bench import by_pytest
+from bench.ops import by_pytest
 
 
 @pytest.mark.parametrize("case, mode, contender", by_pytest.everybody("linear_policy_loss"))

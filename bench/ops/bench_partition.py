@@ -1,8 +1,8 @@
 """The exact partition and its peers.
 
-    python -m bench.bench_partition              the table, and the bars that it must clear
-    python -m bench.bench_partition --quick      the same in a minute
-    pytest bench/bench_partition.py              pytest-benchmark's own table
+    python -m bench.ops.bench_partition              the table, and the bars that it must clear
+    python -m bench.ops.bench_partition --quick      the same in a minute
+    pytest bench/ops/bench_partition.py              pytest-benchmark's own table
 
 Beside each time stands how much of the between-group variance was lost against the optimum; that
 ours is never below anybody's is asserted before a ratio is printed. kmeans1d is timed twice: as
@@ -202,7 +202,7 @@ def measure(data: str, batch: int, n: int, k: int, count: int, quick: bool) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.bench_partition", description=__doc__)
+    parser = argparse.ArgumentParser("python -m bench.ops.bench_partition", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--quick", action="store_true", help="only what the bars need")
     quick = parser.parse_args().quick

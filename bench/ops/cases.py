@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import peers
-from bench.peers import Contender, Inputs, Outputs
+from bench.ops import peers
+from bench.ops.peers import Contender, Inputs, Outputs
 from gikernels import reference
 
 Shape = dict[str, int]

@@ -1,8 +1,8 @@
-"""`logprobs` and its peers: `pytest bench/bench_logprobs.py`."""
+"""`logprobs` and its peers: `pytest bench/ops/bench_logprobs.py`."""
 
 import pytest
 
-from bench import by_pytest
+from bench.ops import by_pytest
 
 
 @pytest.mark.parametrize("case, mode, contender", by_pytest.everybody("logprobs"))

@@ -1,8 +1,8 @@
-"""`linear_logprobs` and its peers: `pytest bench/bench_linear_logprobs.py`."""
+"""`linear_logprobs` and its peers: `pytest bench/ops/bench_linear_logprobs.py`."""
 
 import pytest
 
-from bench import by_pytest
+from bench.ops import by_pytest
 
 
 @pytest.mark.parametrize("case, mode, contender", by_pytest.everybody("linear_logprobs"))

@@ -1,6 +1,6 @@
 """Peak memory of other people's training steps with and without our head, on the CPU, fp32.
 
-    python -m bench.bench_integrations
+    python -m bench.training.integrations
 
 Each row is a process of its own, for a high-water mark never falls. "peak" is that mark (VmHWM)
 of the whole process; "above start" takes off what was resident when the step began: imports, model
@@ -16,23 +16,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
+from bench.host.machine import ROOT
+from bench.host.process import resident
 
 
 class Size(NamedTuple):
     vocab: int
     sequences: int
     length: int  # tokens of a sequence
-
-
-def resident(field: str) -> int:
-    """Bytes: VmRSS now, or VmHWM at most."""
-    with open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
 
 
 def tiny_qwen(vocab: int, hidden: int):
@@ -140,7 +133,7 @@ WORKERS = {
 
 
 def measure(worker: str, size: Size) -> dict[str, float]:
-    command = [sys.executable, "-m", "bench.bench_integrations", "--worker", worker]
+    command = [sys.executable, "-m", "bench.training.integrations", "--worker", worker]
     command += ["--size", *map(str, size)]
     out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if out.returncode:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import bench_metarm
+from bench.training import metarm, metarm_page
 from trainer.config import load
 from trainer.metrics import RunFolder
 
@@ -20,7 +20,7 @@ def test_taste_is_gold_and_a_liking_for_flourishes(tmp_path):
     run = RunFolder(tmp_path)
     run.answers.write_text("".join(json.dumps(line) + "\n" for line in answers))
     config = SimpleNamespace(metarm=SimpleNamespace(samples=3), toy=SimpleNamespace(liking=0.2))
-    figures = bench_metarm.taste(run, config)
+    figures = metarm.taste(run, config)
     # pairs by taste: second over first, first over third, second over third
     assert figures["before/taste_accuracy"] == pytest.approx((1 + 0.5 + 1) / 3)
     assert figures["after/taste_accuracy"] == pytest.approx((0 + 1 + 1) / 3)
@@ -38,28 +38,28 @@ def rows():
 
 def test_differences_are_of_the_same_seed_and_round():
     missing = [row for row in rows() if (row["seed"], row["variant"]) != (2, "none")]
-    found = bench_metarm.against_control(missing, "literal", 2, "policy/gold")
+    found = metarm_page.against_control(missing, "literal", 2, "policy/gold")
     assert found == pytest.approx([0.2, 0.2])
-    mean, low, high = bench_metarm.interval([1.0, 2.0, 3.0, 4.0])
+    mean, low, high = metarm_page.interval([1.0, 2.0, 3.0, 4.0])
     assert mean == 2.5 and 1 <= low < 2 < 3 < high <= 4
-    assert bench_metarm.interval([0.2, 0.2]) == pytest.approx((0.2, 0.2, 0.2))
+    assert metarm_page.interval([0.2, 0.2]) == pytest.approx((0.2, 0.2, 0.2))
 
 
 def test_page_and_plot(tmp_path):
     results = {"seeds": [1, 2, 3], "variants": ["none", "literal"], "rounds": 2, "rows": rows()}
     for row in results["rows"]:
-        for key, _ in bench_metarm.REWARD_MODEL:
+        for key, _ in metarm_page.REWARD_MODEL:
             row |= {f"before/{key}": 0.5, f"after/{key}": 0.5}
         row |= {"policy/proxy": 1.0, "policy/kl": row["round"], "policy/distinct": 1.0}
-    page = bench_metarm.markdown(results)
+    page = metarm_page.markdown(results)
     assert "| 2 | literal | 0.600 [+0.200, +0.200] |" in page
     by_round = "+0.200 [+0.200, +0.200] | +0.200 [+0.200, +0.200]"
     assert f"| literal | {by_round} | +0.150 [+0.150, +0.150] |" in page
-    bench_metarm.plot(results, tmp_path / "plot.png")
+    metarm_page.plot(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_ascent_keeps_one_copy_of_the_parameters(tmp_path):
     config = load("toy", ["toy.hidden=32", "toy.layers=1", "toy.heads=2"])
-    bench_metarm.make_toy(config, tmp_path)
-    assert bench_metarm.memory(config, tmp_path)["copies_inside"] == pytest.approx(1, abs=0.02)
+    metarm.make_toy(config, tmp_path)
+    assert metarm.memory(config, tmp_path)["copies_inside"] == pytest.approx(1, abs=0.02)

@@ -1,7 +1,7 @@
 """Weights of a random 0.5B model from the trainer into vLLM, against what has to be done anyway.
 
-    .venv-vllm/bin/python -m bench.bench_sync [float32 | bfloat16]     wants 8 GiB of free memory
-    torchrun --nproc-per-node 2 -m bench.bench_sync                    from FSDP2's shards
+    .venv-vllm/bin/python -m bench.training.sync [float32 | bfloat16]     wants 8 GiB of free memory
+    torchrun --nproc-per-node 2 -m bench.training.sync                    from FSDP2's shards
 
 What has to be done: one copy of the weights in memory, in the engine's dtype, and vLLM's own
 loading of ready tensors. The bar is 1.5 times their sum (one rank; with several, the gathering
@@ -16,8 +16,8 @@ import time
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from bench.bench_memory import SHAPE
-from bench.memory import CLEAR, resident
+from bench.host.process import CLEAR, resident
+from bench.training.memory import SHAPE
 from trainer import models, parallel
 from trainer.config import load
 from trainer.experience import check_engine

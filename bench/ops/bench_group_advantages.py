@@ -1,8 +1,8 @@
-"""`group_advantages` and its peers: `pytest bench/bench_group_advantages.py`."""
+"""`group_advantages` and its peers: `pytest bench/ops/bench_group_advantages.py`."""
 
 import pytest
 
-from bench import by_pytest
+from bench.ops import by_pytest
 
 
 @pytest.mark.parametrize("case, mode, contender", by_pytest.everybody("group_advantages"))

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.ops import baselines
+
 Inputs = dict[str, Any]
 Outputs = dict[str, Tensor]
 
@@ -277,8 +279,6 @@ def torch_experience(i: Inputs) -> Outputs:
 
 def columns_experience(i: Inputs) -> Outputs:
     """The loop of verl and TRL: operations on one column a step, and a dictionary of groups."""
-    from bench import baselines
-
     out = baselines.experience_columns(
         i["logprobs"],
         i["ref_logprobs"],
@@ -331,8 +331,6 @@ def torch_group_advantages(i: Inputs) -> Outputs:
 
 
 def dictionary_group_advantages(i: Inputs) -> Outputs:
-    from bench import baselines
-
     return {"advantages": baselines.group_advantages(i["values"], i["group_ids"])}
 
 

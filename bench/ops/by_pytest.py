@@ -1,13 +1,13 @@
-"""The same cases for pytest-benchmark: `pytest bench/bench_logprobs.py --benchmark-only`."""
+"""The same cases for pytest-benchmark: `pytest bench/ops/bench_logprobs.py --benchmark-only`."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from bench import cases, measure
-from bench.cases import Case
-from bench.peers import Contender
+from bench.ops import calls, cases
+from bench.ops.cases import Case
+from bench.ops.peers import Contender
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -24,7 +24,7 @@ def everybody(op: str) -> list:
 
 
 def run(benchmark, case: Case, mode: str, contender: Contender) -> None:
-    fn = measure.prepare(case, contender, case.shape, DEVICE, mode)
+    fn = calls.prepare(case, contender, case.shape, DEVICE, mode)
     try:
         fn()
     except Exception as error:
