@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from bench.host.machine import ROOT, commit, machine
+from bench.host.machine import ROOT, commit, machine, with_path
 from bench.ops import cases, measure, report, timing
 
 
@@ -36,8 +36,7 @@ def tests_are_green(paths: list[str], on_gpu: bool) -> bool:
     """Runs pytest on them; on a CPU Triton's kernels are interpreted."""
     marker = "not vllm" if on_gpu else "not gpu and not vllm"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marker]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([*command, *paths], cwd=ROOT, env=environment).returncode == 0
+    return subprocess.run([*command, *paths], cwd=ROOT, env=with_path()).returncode == 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -15,14 +16,25 @@ PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl", "nump
 
 
 def commit() -> str:
+    """Of the checkout; "no-git" where it has no history or the machine no git."""
+
     def git(*args: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
+        except OSError:
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     head = git("rev-parse", "--short", "HEAD")
     if not head:
         return "no-git"
     return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def with_path() -> dict[str, str]:
+    """The environment of a process that is to find this checkout first and all else as before."""
+    path = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *([path] if path else [])])}
 
 
 def device_name(device: torch.device) -> str:

@@ -14,7 +14,7 @@ from bench.ops.peers import Contender, Inputs, Outputs
 EPS = 1e-6  # of the largest true value: what fp32 statistics owe nobody
 
 
-def _grads(outputs: Outputs) -> list[Tensor]:
+def upstream(outputs: Outputs) -> list[Tensor]:
     """Fixed upstream gradients: the same for everybody who computes an output of this name."""
     grads = []
     for name, x in outputs.items():
@@ -48,7 +48,7 @@ def runner(case: Case, contender: Contender, inputs: Inputs, mode: str) -> Calla
     def both() -> tuple[Tensor, ...]:
         outputs = contender.run(own)
         if not grads:
-            grads.extend(_grads(outputs))
+            grads.extend(upstream(outputs))
         return torch.autograd.grad(list(outputs.values()), leaves, grads)
 
     return both
@@ -63,7 +63,7 @@ def prepare(
 # --- errors -------------------------------------------------------------------------------------
 
 
-def _values_and_gradients(
+def values_and_gradients(
     case: Case,
     run: Callable[[Inputs], Outputs],
     inputs: Inputs,
@@ -77,7 +77,7 @@ def _values_and_gradients(
     if case.leaves and differentiable:
         leaves = [own[name] for name in case.leaves]
         gradients = torch.autograd.grad(
-            list(differentiable.values()), leaves, _grads(differentiable), allow_unused=True
+            list(differentiable.values()), leaves, upstream(differentiable), allow_unused=True
         )
         found |= {f"d {name}": g for name, g in zip(case.leaves, gradients) if g is not None}
     return found
@@ -86,12 +86,12 @@ def _values_and_gradients(
 def errors(case: Case, contender: Contender, device: torch.device) -> dict[str, float]:
     """Largest error of each output and gradient, in units of the largest true value."""
     inputs = case.inputs(case.check_shape, case.dtype, device)
-    found = _values_and_gradients(case, contender.run, inputs)
+    found = values_and_gradients(case, contender.run, inputs)
     exact = {
         name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
         for name, x in inputs.items()
     }
-    truth = _values_and_gradients(case, case.specification, exact, tuple(found))
+    truth = values_and_gradients(case, case.specification, exact, tuple(found))
     return {
         name: ((x.double() - truth[name]).abs().max() / truth[name].abs().max()).item()
         for name, x in found.items()

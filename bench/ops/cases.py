@@ -51,6 +51,9 @@ class Case:
     contenders: tuple[Contender, ...]
     work: dict[str, Work]  # by mode
     check_shape: Shape  # errors are measured there: float64 of the whole might not fit
+    # Of a head: its outputs from inputs, log-probabilities and entropies. With it errors can be
+    # measured at the full size, in parts (truth.py).
+    finish: Callable[[Inputs, Tensor, Tensor], Outputs] | None = None
 
     @property
     def label(self) -> str:
@@ -157,6 +160,7 @@ def linear_logprobs(size: str) -> Iterator[Case]:
             peers.LINEAR_LOGPROBS,
             head_work(shape, {FORWARD: (1, 0, 0), BOTH: (2, 1, 1)}),
             {**shape, "N": min(shape["N"], 128)},
+            lambda i, logprobs, entropy: {"logprobs": logprobs, "entropy": entropy},
         )
 
 
@@ -184,7 +188,7 @@ def linear_policy_loss(size: str) -> Iterator[Case]:
 
     def specification(i: Inputs) -> Outputs:
         stats = reference.linear_logprobs(i["hidden"], i["weight"], i["targets"])
-        return peers._policy_loss(stats.logprobs, i)
+        return peers.policy_loss(stats.logprobs, i)
 
     for shape in HEADS[size]:
         yield Case(
@@ -197,6 +201,7 @@ def linear_policy_loss(size: str) -> Iterator[Case]:
             peers.POLICY_LOSS,
             head_work(shape, {BOTH: (1, 1, 1)}),
             {**shape, "N": min(shape["N"], 128)},
+            lambda i, logprobs, entropy: peers.policy_loss(logprobs, i),
         )
 
 

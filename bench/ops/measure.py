@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from bench.host.process import CLEAR
-from bench.ops import memory, timing
+from bench.ops import memory, peers, timing, truth
 from bench.ops.calls import errors, runner, within_bound
 from bench.ops.cases import BOTH, UNITS, Case
-from bench.ops.peers import Contender
 
 
 def _reason(error: BaseException) -> str:
@@ -21,43 +21,63 @@ def _reason(error: BaseException) -> str:
     return first if type(error).__name__ == "Absent" else f"{type(error).__name__}: {first}"[:300]
 
 
+GRAPH_BELOW = 2e-3  # seconds of a call: there the Python around it may be what is measured
+
+
 def measure(
     case: Case,
     where: tuple[str, int],  # size and index, for the memory of a process of its own
     device: torch.device,
     seconds: float,
     say: Callable[[str], None] = print,
+    *,
+    truths: dict | None = None,  # errors at the full size; filled, for the next call on this case
 ) -> tuple[list[dict], list[dict]]:
     """Rows of figures, and who is absent and why."""
     rows: list[dict] = []
     absent: list[dict] = []
 
-    def miss(contender: Contender, where: str, error: Exception) -> None:
-        absent.append({"case": where, "contender": contender.name, "reason": _reason(error)})
+    def miss(name: str, where: str, error: Exception) -> None:
+        absent.append({"case": where, "contender": name, "reason": _reason(error)})
 
+    peers.forget_compiled()  # beyond a few shapes dynamo would time eager code under its name
+    inputs = case.inputs(case.shape, case.dtype, device)
     found: dict[str, dict[str, float]] = {}
     for contender in case.contenders:
         try:
-            found[contender.name] = errors(case, contender, device)
+            if truths is None or case.finish is None:
+                found[contender.name] = errors(case, contender, device)
+            else:
+                found[contender.name] = truth.errors(case, contender, inputs, truths)
         except Exception as error:
-            miss(contender, case.label, error)
-    inputs = case.inputs(case.shape, case.dtype, device)
+            miss(contender.name, case.label, error)
+        if contender.name not in found:
+            timing.release(device)
     for mode, work in case.work.items():
-        runners = {}
-        for contender in case.contenders:
-            if contender.name not in found or (mode == BOTH and contender.forward_only):
-                continue
-            fn = runner(case, contender, inputs, mode)
+        label = f"{case.label}, {mode}"
+        builds: dict[str, Callable[[], Callable[[], Any]]] = {
+            c.name: partial(runner, case, c, inputs, mode)
+            for c in case.contenders
+            if c.name in found and not (mode == BOTH and c.forward_only)
+        }
+        builds[work.baseline_name] = partial(work.baseline, inputs)
+        runners: dict[str, Callable[[], Any]] = {}
+        for name, build in builds.items():
             try:
+                fn = build()
                 fn()  # compiles, and shows who runs out of memory
-                runners[contender.name] = fn
+                runners[name] = fn
             except Exception as error:
-                miss(contender, f"{case.label}, {mode}", error)
-        baseline = work.baseline(inputs)
-        baseline()
-        everybody = {**runners, work.baseline_name: baseline}
-        times = timing.interleaved(everybody, device, seconds=seconds)
-        best = work.amount / times[work.baseline_name].median
+                miss(name, label, error)
+            if name not in runners:
+                timing.release(device)
+        times = timing.interleaved(
+            runners,
+            device,
+            seconds=seconds,
+            fails=lambda name, error, label=label: miss(name, label, error),
+        )
+        base = times.get(work.baseline_name)
         unit, scale = UNITS[work.unit]
         for name, t in times.items():
             rate = work.amount / t.median
@@ -70,11 +90,12 @@ def measure(
                 "median_ms": 1e3 * t.median,
                 "p20_ms": 1e3 * t.low,
                 "p80_ms": 1e3 * t.high,
+                "graph_ms": None,
                 "calls": t.calls,
                 "rate": rate / scale,
                 "unit": unit,
                 "formula": work.formula,
-                "fraction": rate / best,
+                "fraction": base.median / t.median if base else None,
                 "fraction_of": work.baseline_name,
                 "peak_extra_bytes": None,
                 "memory_method": None,
@@ -82,7 +103,7 @@ def measure(
                 "within_bound": None,
                 "lacks": "",
             }
-            if name in runners:
+            if name in found:
                 size, method = _peak(case, where, name, mode, runners[name], device)
                 row |= {
                     "peak_extra_bytes": size,
@@ -93,6 +114,10 @@ def measure(
                 }
             rows.append(row)
             say(f"  {mode:18} {name:26} {row['median_ms']:10.3f} ms  {row['rate']:9.4g} {unit}")
+        for row in rows:  # last: a capture that fails may leave a stream behind
+            if row["mode"] == mode != BOTH and row["median_ms"] < 1e3 * GRAPH_BELOW:
+                replayed = timing.replayed(runners[row["contender"]], device)
+                row["graph_ms"] = None if replayed is None else 1e3 * replayed
     return rows, absent
 
 

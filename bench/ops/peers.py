@@ -7,6 +7,10 @@ this machine, raises and is reported with its reason.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import sys
+import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,9 +60,15 @@ _compiled: dict[Callable, Callable] = {}
 
 
 def compiled(fn: Callable[[Inputs], Outputs], x: Tensor) -> Callable[[Inputs], Outputs]:
-    """torch.compile, once for each function; on a CPU it would need a C++ compiler."""
+    """torch.compile for these very shapes; on a CPU it would need a C++ compiler."""
     needs_gpu(x, "torch.compile in this benchmark")
-    return _compiled.setdefault(fn, torch.compile(fn))
+    return _compiled.setdefault(fn, torch.compile(fn, dynamic=False))
+
+
+def forget_compiled() -> None:
+    if _compiled:
+        torch.compiler.reset()
+        _compiled.clear()
 
 
 # --- from hidden states -------------------------------------------------------------------------
@@ -100,14 +110,39 @@ def torch_linear_cross_entropy(i: Inputs) -> Outputs:
     return {"logprobs": -loss}
 
 
+def is_hopper(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
 def liger_linear_logprobs(i: Inputs) -> Outputs:
+    """What Liger runs everywhere but on compute capability 9.0: chunks of rows in PyTorch."""
+    from liger_kernel.ops import fused_linear_scaled_cross_entropy as liger
+
+    op = liger.LigerFusedLinearScaledCrossEntropyFunction.apply
+    if is_hopper(i["hidden"]):
+        chunked = liger._FusedLinearPPOFallbackFunction.apply
+        nll, entropy = chunked(i["hidden"], i["weight"], i["targets"], 1.0, -100, True)
+    else:
+        nll, entropy = op(i["hidden"], i["weight"], i["targets"], 1.0, -100, 1, True)
+    return {"logprobs": -nll, "entropy": entropy}
+
+
+def liger_cute(i: Inputs) -> Outputs:
+    """Its kernels for Hopper, which it imports there whether their compiler is installed or not."""
+    if not is_hopper(i["hidden"]):
+        raise Absent("Liger's CuTe kernels are for compute capability 9.0")
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
         LigerFusedLinearScaledCrossEntropyFunction,
     )
 
-    nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(
-        i["hidden"], i["weight"], i["targets"], 1.0, -100, 1, True
-    )
+    try:
+        nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(
+            i["hidden"], i["weight"], i["targets"], 1.0, -100, 1, True
+        )
+    except ImportError as error:
+        raise Absent(
+            f"Liger's CuTe kernels need nvidia-cutlass-dsl and apache-tvm-ffi: {error}"
+        ) from error
     return {"logprobs": -nll, "entropy": entropy}
 
 
@@ -120,9 +155,25 @@ def cut_cross_entropy(i: Inputs) -> Outputs:
     }
 
 
+def trl_without_datasets() -> None:
+    """TRL's head needs `maybe_gather_lm_head_ctx` of a module that imports datasets and pandas. On
+    one GPU it gathers nothing; where that module cannot be imported, this is all of it."""
+    name = "trl.trainer.utils"
+    if name in sys.modules:
+        return
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        stand_in = types.ModuleType(name)
+        stand_in.maybe_gather_lm_head_ctx = lambda *_: contextlib.nullcontext()  # type: ignore
+        sys.modules[name] = stand_in
+
+
 def trl_chunked_logprobs(i: Inputs) -> Outputs:
+    """Triton on a GPU (TRL 1.16: trl/kernels/chunked_logprob.py), PyTorch on a CPU."""
     from trl.kernels import ChunkedLogProbFunction
 
+    trl_without_datasets()
     picked, entropy, *_ = ChunkedLogProbFunction.apply(
         i["hidden"], i["weight"], None, i["targets"], 1.0, 8192, None, 1.0, ("entropy",)
     )
@@ -135,6 +186,7 @@ LINEAR_LOGPROBS = (
     Contender("torch.compile", compiled_linear_logprobs),
     Contender("torch linear_cross_entropy", torch_linear_cross_entropy, "entropy, KL, temperature"),
     Contender("Liger", liger_linear_logprobs, "KL, bias, softcap, temperature by row"),
+    Contender("Liger CuTe", liger_cute, "KL, bias, softcap, temperature by row"),
     Contender("cut-cross-entropy", cut_cross_entropy, "entropy, KL, small gradients (filtered)"),
     Contender("TRL chunked", trl_chunked_logprobs, "KL, temperature by row"),
 )
@@ -161,7 +213,10 @@ def torch_cross_entropy(i: Inputs) -> Outputs:
 
 
 def trl_selective_log_softmax(i: Inputs) -> Outputs:
-    from trl.trainer.utils import selective_log_softmax_and_entropy
+    if i["logits"].is_cuda:
+        from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+    else:
+        from trl.trainer.utils import selective_log_softmax_and_entropy
 
     picked, entropy = selective_log_softmax_and_entropy(i["logits"], i["targets"])
     return {"logprobs": picked, "entropy": entropy}
@@ -196,7 +251,7 @@ def gikernels_policy_loss(i: Inputs) -> Outputs:
     return {"loss": out.loss}
 
 
-def _policy_loss(logprobs: Tensor, i: Inputs) -> Outputs:
+def policy_loss(logprobs: Tensor, i: Inputs) -> Outputs:
     from gikernels import reference
 
     out = reference.ppo_loss(
@@ -208,12 +263,12 @@ def _policy_loss(logprobs: Tensor, i: Inputs) -> Outputs:
 
 def gikernels_two_ops(i: Inputs) -> Outputs:
     stats = ours("linear_logprobs")(i["hidden"], i["weight"], i["targets"])
-    return _policy_loss(stats.logprobs, i)
+    return policy_loss(stats.logprobs, i)
 
 
 def torch_policy_loss(i: Inputs) -> Outputs:
     logp = F.linear(i["hidden"], i["weight"]).float().log_softmax(-1)
-    return _policy_loss(logp.gather(-1, i["targets"].unsqueeze(-1)).squeeze(-1), i)
+    return policy_loss(logp.gather(-1, i["targets"].unsqueeze(-1)).squeeze(-1), i)
 
 
 def liger_policy_loss(i: Inputs) -> Outputs:
@@ -249,6 +304,8 @@ POLICY_LOSS = (
 
 
 # --- advantages and groups: nobody else fuses them ----------------------------------------------
+
+DICTIONARY_AT_MOST = 1 << 14  # values
 
 
 def _experience(experience: Callable[..., Any], i: Inputs) -> Outputs:
@@ -331,6 +388,8 @@ def torch_group_advantages(i: Inputs) -> Outputs:
 
 
 def dictionary_group_advantages(i: Inputs) -> Outputs:
+    if len(i["values"]) > DICTIONARY_AT_MOST:
+        raise Absent("a Python loop over the values: half a minute a call on a GPU at 1048576")
     return {"advantages": baselines.group_advantages(i["values"], i["group_ids"])}
 
 

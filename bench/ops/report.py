@@ -80,12 +80,15 @@ def markdown(results: Results) -> str:
                 f"{r['p20_ms']:.3f}",
                 f"{r['p80_ms']:.3f}",
                 f"{r['rate']:.4g}",
-                f"{100 * r['fraction']:.0f} %",
+                "" if r["fraction"] is None else f"{100 * r['fraction']:.0f} %",
                 _size(r["peak_extra_bytes"]),
                 _error(r),
                 r["lacks"],
             )
             lines.append("| " + " | ".join(cells) + " |")
+        if graphs := [r for r in rows if r.get("graph_ms") is not None]:
+            times = ", ".join(f"{r['contender']} {r['graph_ms']:.4f} ms" for r in graphs)
+            lines += ["", f"As a replayed CUDA graph, caches warm: {times}."]
     if results["absent"]:
         lines += ["", "## Absent", ""]
         lines += [f"- {a['contender']} ({a['case']}): {a['reason']}" for a in results["absent"]]

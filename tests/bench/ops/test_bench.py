@@ -14,9 +14,9 @@ from bench.ops import calls, cases, measure, report, timing
 from bench.ops.peers import Absent, Contender
 
 FIELDS = {
-    "op", "shape", "dtype", "mode", "contender", "median_ms", "p20_ms", "p80_ms", "calls", "rate",
-    "unit", "formula", "fraction", "fraction_of", "peak_extra_bytes", "memory_method", "errors",
-    "within_bound", "lacks",
+    "op", "shape", "dtype", "mode", "contender", "median_ms", "p20_ms", "p80_ms", "graph_ms",
+    "calls", "rate", "unit", "formula", "fraction", "fraction_of", "peak_extra_bytes",
+    "memory_method", "errors", "within_bound", "lacks",
 }  # fmt: skip
 
 
@@ -147,7 +147,13 @@ def test_table_marks_what_is_out_of_bounds():
          "absent": [{"case": "x", "contender": "w", "reason": "gone"}]}
     )  # fmt: skip
     assert "| peer | 1.000 | 0.900 | 1.100 | 2 | 50 % | 1.0 | **1.0e+00** | z |" in text
-    assert "- w (x): gone" in text
+    assert "- w (x): gone" in text and "replayed" not in text
+    row |= {"graph_ms": 0.0125, "fraction": None}
+    text = report.markdown(
+        {"machine": machine, "date": "t", "commit": "c", "tests": "green", "rows": [row],
+         "absent": []}
+    )  # fmt: skip
+    assert "As a replayed CUDA graph, caches warm: peer 0.0125 ms." in text
 
 
 def test_benchmarks_are_not_collected_by_make_test():
