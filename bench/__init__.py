@@ -1,9 +1,8 @@
-"""Speed, memory and accuracy of gikernels beside its peers. `python -m bench` runs everything.
+"""Speed, memory and accuracy beside the peers, and the study of the method; run from a checkout.
 
-cases.py      what is measured: one function for each op. READ FIRST
-peers.py      how each peer is called, what it computes and what it lacks
-timing.py     medians of interleaved runs
-memory.py     the peak of one run, on a CPU in a process of its own
-measure.py    one case: errors against fp64, then times and memory of everybody
-report.py     the table and the plot, from a results file
+ops/        `python -m bench`: each operation beside its peers
+training/   `python -m bench.training.NAME`: whole models and trainers
+evidence/   `python -m bench.evidence`: does the method do what is claimed?
+host/       what all of them ask of the machine
+results/    what came out
 """

@@ -5,13 +5,14 @@
     python -m bench --quick              a smoke run of a minute, anywhere
 
 First the tests of each op run (on a GPU those marked gpu too): while one is red, no
-speed is reported. Then every case of bench/cases.py is measured beside its peers in one interleaved
-run: median, 20 % and 80 % of the time, TFLOP/s or GB/s by a stated formula, the fraction of the
-plain matrix products or of a plain copy measured in the same run, peak extra memory, and the error
-against float64. Peers that are not installed or cannot run here are listed with the reason.
+speed is reported. Then every case of bench/ops/cases.py is measured beside its peers in one
+interleaved run: median, 20 % and 80 % of the time, TFLOP/s or GB/s by a stated formula, the
+fraction of the plain matrix products or of a plain copy measured in the same run, peak extra
+memory, and the error against float64. Peers that are not installed or cannot run here are listed
+with the reason.
 
-Written to bench/results/DATE-DEVICE-COMMIT.{json,csv,md,png}; `python -m bench.report FILE.json`
-prints the table again.
+Written to bench/results/DATE-DEVICE-COMMIT.{json,csv,md,png};
+`python -m bench.ops.report FILE.json` prints the table again.
 """
 
 from __future__ import annotations
@@ -19,51 +20,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from bench import cases, measure, report, timing
-from bench.report import ROOT, commit
-
-PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl", "numpy")
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"model name\s*:\s*(.+)", info.read_text())
-        model = found[1] if found else model
-    return f"CPU {model}, {torch.get_num_threads()} threads"
-
-
-def machine(device: torch.device) -> dict:
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    if device.type == "cuda":
-        versions["cuda"] = str(torch.version.cuda)
-    return {"device": device_name(device), "system": platform.platform(), "versions": versions}
+from bench.host.machine import ROOT, commit, machine, with_path
+from bench.ops import cases, measure, report, timing
 
 
 def tests_are_green(paths: list[str], on_gpu: bool) -> bool:
     """Runs pytest on them; on a CPU Triton's kernels are interpreted."""
     marker = "not vllm" if on_gpu else "not gpu and not vllm"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marker]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([*command, *paths], cwd=ROOT, env=environment).returncode == 0
+    return subprocess.run([*command, *paths], cwd=ROOT, env=with_path()).returncode == 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

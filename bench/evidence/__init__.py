@@ -8,7 +8,9 @@
     measure.py     the figures of one run
     stats.py       intervals, paired differences, agreement of groups
     claims.py      claim -> what we see, by rule
-    page.py        evidence.md, evidence.html, evidence.json, plots
+    plots.py       the pictures
+    blocks.py      a page as blocks, written as Markdown or HTML
+    page.py        evidence.md, evidence.html, evidence.json
 
 `python -m bench.evidence --help` says how to run it, docs/evidence.md what was found.
 """

@@ -24,7 +24,7 @@ from bench.evidence import matrix
 from bench.evidence.matrix import ARMS, SECTIONS, TUNING_SEEDS
 from bench.evidence.scheduler import Scheduler, Study, StudyError, cores
 from bench.evidence.store import Store
-from bench.report import ROOT, commit
+from bench.host.machine import ROOT, commit
 from trainer.config import ConfigError, did_you_mean
 
 

@@ -9,7 +9,7 @@ arm may stand in several and runs once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 CONFIG = "toy"
@@ -343,3 +343,10 @@ QUICK_OVERRIDES = (
     "eval.samples_per_domain=16",
 )
 """A study in minutes that shows that everything runs, and nothing about the method."""
+
+
+def controls(section: Section, arms: Sequence[str]) -> list[str]:
+    """What the arms of a section are compared with, of those that are there."""
+    equal = section.control.replace("default", "ppo_equal")
+    names = (section.control, equal, "default", "soft_ppo_equal")
+    return [name for name in dict.fromkeys(names) if name in arms]

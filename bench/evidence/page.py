@@ -1,28 +1,23 @@
 """evidence.md, evidence.html, evidence.json and plots, from the results that are there.
 
-The page is a list of blocks with two ways to be written down. What has not run is left out, and the
-table of claims says so.
+What has not run is left out, and the table of claims says so.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from html import escape
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from bench.evidence import claims
-from bench.evidence.matrix import ARMS, SECTIONS, TUNING_SEEDS, WORLDS, Section
+from bench.evidence.blocks import Block, html, markdown
+from bench.evidence.matrix import ARMS, SECTIONS, TUNING_SEEDS, WORLDS, Section, controls
 from bench.evidence.measure import FRONTIER, MARGIN, MEASURES, Runs
+from bench.evidence.plots import plots
 from bench.evidence.scheduler import Study
 from bench.evidence.stats import Interval, WinRate
-from trainer.report import RUN_COLOURS, SFT_COLOUR, STYLE
 
 TABLE = (
     "worst_run",
@@ -50,29 +45,6 @@ GROUPS = (
 )
 STABILITY = ("noise", "collapses", "gold_lost", "seconds")
 COMPARED = ("worst_run", "worst_final", "gold_run", "gold_final")
-PAGE_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 1120px;
-  padding: 24px 20px 60px; }
-h2 { font-size: 19px; margin: 40px 0 4px; }
-p { color: #444; max-width: 760px; }
-figure { margin: 0; }
-figure img { max-width: 100%; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 14px; }
-th, td { padding: 4px 12px; text-align: right; border-bottom: 1px solid #eee;
-  font-variant-numeric: tabular-nums; }
-tbody th { text-align: left; font-weight: 500; }
-"""
-
-
-@dataclass(frozen=True)
-class Block:
-    """kind: heading (level 2), text, table, picture."""
-
-    kind: str
-    text: str = ""
-    head: tuple[str, ...] = ()
-    rows: tuple[tuple[str, ...], ...] = ()
 
 
 def write(study: Study, arms: Sequence[str], target: Path) -> str:
@@ -92,8 +64,8 @@ def write(study: Study, arms: Sequence[str], target: Path) -> str:
         *_definitions(),
     ]
     title = "Evidence" if study.extra == () else "Evidence: a smoke run, which shows nothing"
-    (target / "evidence.md").write_text(_markdown(title, blocks))
-    (target / "evidence.html").write_text(_html(title, blocks, target))
+    (target / "evidence.md").write_text(markdown(title, blocks))
+    (target / "evidence.html").write_text(html(title, blocks, target))
     (target / "evidence.json").write_text(json.dumps(_plain(runs, seen), indent=1) + "\n")
     lines = [
         (
@@ -217,7 +189,7 @@ def _section(runs: Runs, section: Section) -> list[Block]:
         rows = [row for row in rows if any(row[1:])]
         if rows and (names is not STABILITY or section in steadied):
             blocks += [Block("text", text), Block("table", head=_head(names), rows=tuple(rows))]
-    for control in _controls(section, arms):
+    for control in controls(section, arms):
         rows = [
             (ARMS[arm].title, *(_interval(runs.paired(arm, control, name)) for name in COMPARED))
             for arm in arms
@@ -246,12 +218,6 @@ def _section(runs: Runs, section: Section) -> list[Block]:
     if (best := _against_best(runs, section, arms)) is not None:
         blocks += best
     return blocks
-
-
-def _controls(section: Section, arms: Sequence[str]) -> list[str]:
-    equal = section.control.replace("default", "ppo_equal")
-    names = (section.control, equal, "default", "soft_ppo_equal")
-    return [name for name in dict.fromkeys(names) if name in arms]
 
 
 def _against_best(runs: Runs, section: Section, arms: Sequence[str]) -> list[Block] | None:
@@ -326,219 +292,7 @@ def _bootstrap(seen: Interval | None) -> str:
     return "bootstrap [{:+.3f}, {:+.3f}]".format(*seen.bootstrap)
 
 
-# --- plots --------------------------------------------------------------------------------------
-
-
-def plots(runs: Runs, target: Path) -> list[Block]:
-    with matplotlib.rc_context(STYLE):
-        made = {
-            "evidence-curves.png": _curves(runs),
-            "evidence-frontier.png": _frontier(runs),
-            "evidence-differences.png": _forest(runs),
-        }
-    captions = {
-        "evidence-curves.png": "Gold during training, means over seeds; the band is the 95 % "
-        "interval of the paired difference to PPO at equal mean coefficient, drawn about the "
-        "method's curve: where PPO's curve leaves it, they differ.",
-        "evidence-frontier.png": "The method against PPO's sweep of coefficients, means over "
-        "the seeds that all of these have. PPO without a penalty and the paper's own recipe, far "
-        "below, are left out: see the tables.",
-        "evidence-differences.png": "Worst domain's gold over the run: each arm less its control. "
-        "What lies beyond the edge is cut off there, with its mean in figures.",
-    }
-    blocks = []
-    for name, figure in made.items():
-        if figure is not None:
-            figure.savefig(target / name, dpi=130)
-            blocks += [Block("picture", name), Block("text", captions[name])]
-    return blocks
-
-
-CURVES = ("default", "ppo_equal", "one_coef", "no_drawing")
-
-
-def _curves(runs: Runs) -> Figure | None:
-    shown = [arm for arm in CURVES if arm in runs.records]
-    if "default" not in shown:
-        return None
-    figure = Figure(figsize=(9.6, 3.6))
-    for place, (key, title) in enumerate(
-        (("eval/worst_domain_gold", "Worst domain's gold"), ("eval/gold", "Mean gold")), 1
-    ):
-        axes = figure.add_subplot(1, 2, place)
-        axes.set_title(title)
-        axes.set_xlabel("PPO step")
-        for arm, colour in zip(shown, RUN_COLOURS):
-            steps, means = _mean_curve(runs, arm, key)
-            axes.plot(steps, means, color=colour, marker="o", markersize=3, label=ARMS[arm].title)
-        band = _band(runs, key)
-        if band is not None:
-            axes.fill_between(*band, color=RUN_COLOURS[0], alpha=0.15, linewidth=0)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2)
-    return figure
-
-
-def _mean_curve(runs: Runs, arm: str, key: str) -> tuple[list[float], list[float]]:
-    curves = [{e["step"]: e[key] for e in r["evaluations"]} for r in runs.records[arm].values()]
-    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-    return steps, [sum(curve[step] for curve in curves) / len(curves) for step in steps]
-
-
-def _band(runs: Runs, key: str) -> tuple[list[float], list[float], list[float]] | None:
-    from bench.evidence.measure import difference
-
-    ours, theirs = runs.records["default"], runs.records.get("ppo_equal", {})
-    if len(ours.keys() & theirs.keys()) < 2:
-        return None
-
-    def at(records: Mapping[int, dict], step: float) -> dict[int, float]:
-        return {
-            seed: line[key]
-            for seed, record in records.items()
-            for line in record["evaluations"]
-            if line["step"] == step
-        }
-
-    steps, means = _mean_curve(runs, "default", key)
-    halves = []
-    for step in steps:
-        seen = difference(at(ours, step), at(theirs, step))
-        halves.append(seen.half if seen is not None else 0.0)
-    low = [mean - half for mean, half in zip(means, halves)]
-    return steps, low, [mean + half for mean, half in zip(means, halves)]
-
-
-def _frontier(runs: Runs) -> Figure | None:
-    sweep = runs.candidates("toy")
-    if len(sweep) < 2 or "default" not in runs.figures:
-        return None
-    beside = {
-        "default": RUN_COLOURS[0],
-        "plus_weights": RUN_COLOURS[2],
-        "one_coef": RUN_COLOURS[3],
-        "soft": RUN_COLOURS[4],
-        "sft": SFT_COLOUR,
-    }
-    beside = {arm: colour for arm, colour in beside.items() if arm in runs.figures}
-    # Seeds differ by more than arms do: a mean over others would lie elsewhere for that alone.
-    seeds = set.intersection(*(set(runs.figures[arm]) for arm in (*sweep, *beside)))
-    if not seeds:
-        return None
-
-    figure = Figure(figsize=(9.6, 6.4))
-    for place, (x, y) in enumerate(
-        (
-            ("coef", "worst_run"),
-            ("coef", "gold_run"),
-            ("kl_final", "worst_final"),
-            ("kl_final", "gold_final"),
-        ),
-        1,
-    ):
-        axes = figure.add_subplot(2, 2, place)
-        axes.set_xlabel(MEASURES[x].title)
-        axes.set_title(MEASURES[y].title)
-        points = sorted((runs.mean(arm, x, seeds), runs.mean(arm, y, seeds)) for arm in sweep)
-        axes.plot(*zip(*points), color=RUN_COLOURS[1], marker="o", label="PPO, each coefficient")
-        for arm, colour in beside.items():
-            if (at := runs.mean(arm, x, seeds)) is not None:
-                height = runs.mean(arm, y, seeds)
-                axes.scatter([at], [height], color=colour, s=60, zorder=3, label=ARMS[arm].title)
-    handles, labels = figure.axes[2].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2)
-    return figure
-
-
-EDGE = 0.25
-"""How far the plot of differences goes to either side."""
-
-
-def _forest(runs: Runs) -> Figure | None:
-    rows: list[tuple[str, Interval]] = []
-    taken = set()
-    for section in SECTIONS.values():
-        for arm in section.arms:
-            control = section.control if arm != section.control else None
-            if control is None and (equal := _controls(section, section.arms)[1:]):
-                control = equal[0]
-            if control is None or {(arm, control), (control, arm)} & taken:
-                continue
-            seen = runs.paired(arm, control, "worst_run")
-            if seen is not None and not math.isnan(seen.low) and ARMS[arm].kind == "ppo":
-                taken.add((arm, control))
-                rows.append((f"{ARMS[arm].title}  less  {control}", seen))
-    if not rows:
-        return None
-    figure = Figure(figsize=(9.6, 0.8 + 0.24 * len(rows)))
-    axes = figure.add_subplot()
-    places = range(len(rows), 0, -1)
-    for place, (_, seen) in zip(places, rows):
-        axes.plot([seen.low, seen.high], [place, place], color=RUN_COLOURS[1], linewidth=2)
-        axes.scatter([seen.mean], [place], color=RUN_COLOURS[0], s=22, zorder=3)
-        if abs(seen.mean) > EDGE:
-            side = "left" if seen.mean < 0 else "right"
-            edge = math.copysign(0.98 * EDGE, seen.mean)
-            axes.text(edge, place, f"{seen.mean:+.2f}", ha=side, va="center", fontsize=8)
-    axes.set_xlim(-EDGE, EDGE)
-    axes.axvline(0, color="#999", linewidth=1)
-    axes.set_yticks(list(places), [name for name, _ in rows])
-    axes.grid(visible=False, axis="y")
-    axes.set_ylim(0.3, len(rows) + 0.7)
-    figure.suptitle("Worst domain's gold over the run, paired difference with 95 % interval")
-    return figure
-
-
 # --- writing ------------------------------------------------------------------------------------
-
-
-def _markdown(title: str, blocks: Sequence[Block]) -> str:
-    lines = [f"# {title}", ""]
-    for block in blocks:
-        if block.kind == "heading":
-            lines += [f"## {block.text}", ""]
-        elif block.kind == "picture":
-            lines += [f"![{block.text}]({block.text})", ""]
-        elif block.kind == "table":
-            lines.append(f"| {' | '.join(block.head)} |")
-            lines.append(f"|{'---|' * len(block.head)}")
-            rows = (" | ".join(row).replace("\n", "<br>") for row in block.rows)
-            lines += [f"| {row} |" for row in rows]
-            lines.append("")
-        else:
-            lines += [block.text, ""]
-    return "\n".join(lines)
-
-
-def _html(title: str, blocks: Sequence[Block], target: Path) -> str:
-    parts = []
-    for block in blocks:
-        if block.kind == "heading":
-            parts.append(f"<h2>{escape(block.text)}</h2>")
-        elif block.kind == "picture":
-            data = base64.b64encode((target / block.text).read_bytes()).decode()
-            source = f"data:image/png;base64,{data}"
-            parts.append(f'<figure><img alt="{escape(block.text)}" src="{source}"></figure>')
-        elif block.kind == "table":
-            head = "".join(f"<th>{escape(cell)}</th>" for cell in block.head)
-            body = "".join(_html_row(row) for row in block.rows)
-            parts.append(
-                f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-                f"<tbody>{body}</tbody></table></div>"
-            )
-        else:
-            parts.append(f"<p>{escape(block.text)}</p>")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{PAGE_STYLE}</style></head><body>"
-        f"<h1>{escape(title)}</h1>{''.join(parts)}</body></html>\n"
-    )
-
-
-def _html_row(row: Sequence[str]) -> str:
-    first, *rest = (escape(cell).replace("\n", "<br>") for cell in row)
-    return f"<tr><th>{first}</th>{''.join(f'<td>{cell}</td>' for cell in rest)}</tr>"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

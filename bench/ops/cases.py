@@ -1,0 +1,402 @@
+"""What is measured. Each op is one function, which yields a Case for each shape of a size:
+
+    gpu     shapes of real training runs          cpu     what a laptop can hold
+    quick   a smoke run of seconds, anywhere
+
+A new op is a function here, its contenders in peers.py, and an entry in OPS.
+
+N rows (tokens), D hidden, V vocabulary, S sequences, T steps, G groups. Formulas count what the
+mathematics needs, not what an implementation does: each input byte is read once, each output byte
+written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.ops import peers
+from bench.ops.peers import Contender, Inputs, Outputs
+from gikernels import reference
+
+Shape = dict[str, int]
+
+# What the work of a second is printed as.
+UNITS = {"FLOP": ("TFLOP/s", 1e12), "B": ("GB/s", 1e9), "value": ("Mvalue/s", 1e6)}
+FORWARD, BOTH = "forward", "forward + backward"
+
+
+class Work(NamedTuple):
+    """What a mode of a case has to do, and a bare loop of it to compare with in the same run."""
+
+    amount: float
+    unit: str  # of UNITS
+    formula: str
+    baseline_name: str
+    baseline: Callable[[Inputs], Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    shape: Shape
+    dtype: torch.dtype
+    inputs: Callable[[Shape, torch.dtype, torch.device], Inputs]
+    specification: Callable[[Inputs], Outputs]  # run in float64
+    leaves: tuple[str, ...]  # inputs that get a gradient
+    contenders: tuple[Contender, ...]
+    work: dict[str, Work]  # by mode
+    check_shape: Shape  # errors are measured there: float64 of the whole might not fit
+    # Of a head: its outputs from inputs, log-probabilities and entropies. With it errors can be
+    # measured at the full size, in parts (truth.py).
+    finish: Callable[[Inputs, Tensor, Tensor], Outputs] | None = None
+
+    @property
+    def label(self) -> str:
+        sizes = " ".join(f"{name}={size}" for name, size in self.shape.items())
+        return f"{self.op} {sizes} {str(self.dtype).removeprefix('torch.')}"
+
+    def contender(self, name: str) -> Contender:
+        return next(c for c in self.contenders if c.name == name)
+
+
+def generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(0)
+
+
+def copied(size: float, formula: str) -> Work:
+    """So many bytes, read and written; the baseline is a plain copy of as many in all."""
+
+    def build(inputs: Inputs) -> Callable[[], Any]:
+        device = next(x.device for x in inputs.values() if isinstance(x, Tensor))
+        source = torch.zeros(max(1, int(size) // 8), dtype=torch.float32, device=device)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    return Work(size, "B", formula, "copy", build)
+
+
+# --- the products of a head ---------------------------------------------------------------------
+
+
+def _products(forward: int, hidden: int, weight: int) -> Callable[[Inputs], Callable[[], Any]]:
+    """So many times h @ W.T, dZ @ W and dZ.T @ h, by the library that torch has (cuBLAS, MKL)."""
+
+    def build(inputs: Inputs) -> Callable[[], Any]:
+        h, w = inputs["hidden"].detach(), inputs["weight"].detach()
+        z = h @ w.T
+
+        def run() -> None:
+            for _ in range(forward):
+                torch.mm(h, w.T, out=z)
+            for _ in range(hidden):
+                torch.mm(z, w)
+            for _ in range(weight):
+                torch.mm(z.T, h)
+
+        return run
+
+    return build
+
+
+def head_work(shape: Shape, modes: dict[str, tuple[int, int, int]]) -> dict[str, Work]:
+    nhv = shape["N"] * shape["D"] * shape["V"]
+    return {
+        mode: Work(
+            2.0 * sum(counts) * nhv,
+            "FLOP",
+            f"{2 * sum(counts)} N D V",
+            f"{sum(counts)} plain matrix product{'s' * (sum(counts) > 1)}",
+            _products(*counts),
+        )
+        for mode, counts in modes.items()
+    }
+
+
+def head_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Logits of unit variance, as those of a trained head are within a few units of each other."""
+    n, d, v = shape["N"], shape["D"], shape["V"]
+    rng = generator(device)
+    return {
+        "hidden": torch.randn(n, d, device=device, generator=rng).to(dtype),
+        "weight": (torch.randn(v, d, device=device, generator=rng) / d**0.5).to(dtype),
+        "targets": torch.randint(v, (n,), device=device, generator=rng),
+    }
+
+
+HEADS = {
+    "gpu": (
+        {"N": 8192, "D": 4096, "V": 128256},
+        {"N": 8192, "D": 4096, "V": 131072},
+        {"N": 32768, "D": 4096, "V": 131072},
+        {"N": 8192, "D": 896, "V": 151936},
+    ),
+    "cpu": ({"N": 2048, "D": 256, "V": 32768},),
+    "quick": ({"N": 64, "D": 32, "V": 1000},),
+}
+
+
+def dtype_of(size: str) -> torch.dtype:
+    return torch.bfloat16 if size == "gpu" else torch.float32
+
+
+def linear_logprobs(size: str) -> Iterator[Case]:
+    def specification(i: Inputs) -> Outputs:
+        stats = reference.linear_logprobs(i["hidden"], i["weight"], i["targets"])
+        return {"logprobs": stats.logprobs, "entropy": stats.entropy}
+
+    for shape in HEADS[size]:
+        yield Case(
+            "linear_logprobs",
+            shape,
+            dtype_of(size),
+            head_inputs,
+            specification,
+            ("hidden", "weight"),
+            peers.LINEAR_LOGPROBS,
+            head_work(shape, {FORWARD: (1, 0, 0), BOTH: (2, 1, 1)}),
+            {**shape, "N": min(shape["N"], 128)},
+            lambda i, logprobs, entropy: {"logprobs": logprobs, "entropy": entropy},
+        )
+
+
+def linear_policy_loss(size: str) -> Iterator[Case]:
+    """One advantage for each of 8 sequences, which is all that GRPO-style peers can take."""
+
+    def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+        i, n, sequences = head_inputs(shape, dtype, device), shape["N"], 8
+        rng = generator(device)
+        with torch.no_grad():
+            z = torch.stack(
+                [h @ i["weight"][t] for h, t in zip(i["hidden"], i["targets"])]
+            ).float()  # the target's logit; log V is near the log-sum-exp of unit normal logits
+        here = z - torch.log(torch.tensor(float(shape["V"]))) - 0.5
+        advantages = torch.randn(sequences, device=device, generator=rng)
+        return {
+            **i,
+            "old_logprobs": here + 0.2 * torch.randn(n, device=device, generator=rng),
+            "ref_logprobs": here + 0.2 * torch.randn(n, device=device, generator=rng),
+            "advantages": advantages.repeat_interleave(n // sequences),
+            "mask": torch.rand(n, device=device, generator=rng) < 0.9,
+            "denom": float(n),
+            "sequences": sequences,
+        }
+
+    def specification(i: Inputs) -> Outputs:
+        stats = reference.linear_logprobs(i["hidden"], i["weight"], i["targets"])
+        return peers.policy_loss(stats.logprobs, i)
+
+    for shape in HEADS[size]:
+        yield Case(
+            "linear_policy_loss",
+            shape,
+            dtype_of(size),
+            inputs,
+            specification,
+            ("hidden", "weight"),
+            peers.POLICY_LOSS,
+            head_work(shape, {BOTH: (1, 1, 1)}),
+            {**shape, "N": min(shape["N"], 128)},
+            lambda i, logprobs, entropy: peers.policy_loss(logprobs, i),
+        )
+
+
+# --- from logits --------------------------------------------------------------------------------
+
+
+def logprobs(size: str) -> Iterator[Case]:
+    def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+        n, v, rng = shape["N"], shape["V"], generator(device)
+        return {
+            "logits": torch.randn(n, v, device=device, generator=rng, dtype=dtype).mul_(3),
+            "targets": torch.randint(v, (n,), device=device, generator=rng),
+        }
+
+    def specification(i: Inputs) -> Outputs:
+        stats = reference.logprobs(i["logits"], i["targets"])
+        return {"logprobs": stats.logprobs, "entropy": stats.entropy}
+
+    shapes = {
+        "gpu": ({"N": 8192, "V": 151936}, {"N": 8192, "V": 128256}, {"N": 64, "V": 151936}),
+        "cpu": ({"N": 2048, "V": 32768},),
+        "quick": ({"N": 32, "V": 3000},),
+    }
+    for shape in shapes[size]:
+        dtype = dtype_of(size)
+        once = shape["N"] * shape["V"] * dtype.itemsize
+        yield Case(
+            "logprobs",
+            shape,
+            dtype,
+            inputs,
+            specification,
+            ("logits",),
+            peers.LOGPROBS,
+            {
+                FORWARD: copied(once, "N V x itemsize (one read)"),
+                BOTH: copied(3 * once, "3 N V x itemsize (two reads, one write)"),
+            },
+            {**shape, "N": min(shape["N"], 64)},
+        )
+
+
+# --- advantages and groups ----------------------------------------------------------------------
+
+
+def experience(size: str) -> Iterator[Case]:
+    def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+        s, t, g, rng = shape["S"], shape["T"], shape["G"], generator(device)
+
+        def noise(*sizes: int) -> Tensor:
+            return torch.randn(*sizes, device=device, generator=rng, dtype=dtype)
+
+        lengths = torch.randint(t // 2, t + 1, (s, 1), device=device, generator=rng)
+        logprobs = noise(s, t).abs().neg()
+        return {
+            "logprobs": logprobs,
+            "ref_logprobs": logprobs + 0.1 * noise(s, t),
+            "values": noise(s, t),
+            "scores": noise(s),
+            "mask": torch.arange(t, device=device) < lengths,
+            "group_ids": torch.randint(g, (s,), device=device, generator=rng),
+            "num_groups": g,
+        }
+
+    shapes = {
+        "gpu": ({"S": 512, "T": 2048, "G": 4}, {"S": 1024, "T": 16384, "G": 64}),
+        "cpu": ({"S": 256, "T": 1024, "G": 4},),
+        "quick": ({"S": 16, "T": 48, "G": 2},),
+    }
+    for shape in shapes[size]:
+        # fp32: log-probs, reference, values in; rewards, kl, advantages, returns out; a bool mask
+        amount = 29 * shape["S"] * shape["T"]
+        yield Case(
+            "experience",
+            shape,
+            torch.float32,
+            inputs,
+            peers.torch_experience,
+            (),
+            peers.EXPERIENCE,
+            {FORWARD: copied(amount, "29 S T (3 fp32 in, 4 out, mask)")},
+            {**shape, "S": min(shape["S"], 64), "T": min(shape["T"], 512)},
+        )
+
+
+def grouped_values(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    n, g, rng = shape["n"], shape["G"], generator(device)
+    return {
+        "values": torch.randn(n, device=device, generator=rng, dtype=dtype),
+        "group_ids": torch.randint(g, (n,), device=device, generator=rng),
+        "num_groups": g,
+    }
+
+
+def groups(size: str) -> Iterator[Case]:
+    def specification(i: Inputs) -> Outputs:
+        return reference.group_stats(i["values"], i["group_ids"], i["num_groups"])._asdict()
+
+    shapes = {
+        "gpu": ({"n": 1 << 20, "G": 8}, {"n": 1 << 24, "G": 4096}),
+        "cpu": ({"n": 1 << 20, "G": 8},),
+        "quick": ({"n": 3000, "G": 3},),
+    }
+    for shape in shapes[size]:
+        amount = 12 * shape["n"]
+        yield Case(
+            "groups",
+            shape,
+            torch.float32,
+            grouped_values,
+            specification,
+            (),
+            peers.GROUPS,
+            {FORWARD: copied(amount, "12 n (fp32 value, int64 id)")},
+            {**shape, "n": min(shape["n"], 1 << 16)},
+        )
+
+
+def group_advantages(size: str) -> Iterator[Case]:
+    def specification(i: Inputs) -> Outputs:
+        a = reference.group_advantages(i["values"], i["group_ids"], i["num_groups"])
+        return {"advantages": a}
+
+    shapes = {
+        "gpu": ({"n": 4096, "G": 512}, {"n": 1 << 20, "G": 1 << 16}),
+        "cpu": ({"n": 4096, "G": 512},),
+        "quick": ({"n": 200, "G": 30},),
+    }
+    for shape in shapes[size]:
+        yield Case(
+            "group_advantages",
+            shape,
+            torch.float32,
+            grouped_values,
+            specification,
+            (),
+            peers.GROUP_ADVANTAGES,
+            {FORWARD: copied(16 * shape["n"], "16 n (fp32 in, int64 id, fp32 out)")},
+            {**shape, "n": min(shape["n"], 1 << 16)},
+        )
+
+
+# --- the exact partition ------------------------------------------------------------------------
+
+
+def partition(size: str) -> Iterator[Case]:
+    """bench_partition.py has more shapes and data, and the bars."""
+
+    def specification(i: Inputs) -> Outputs:
+        ids = reference.partition(i["values"], i["num_groups"]).group_ids
+        return peers.between_variance(i["values"], ids)
+
+    def sort(i: Inputs) -> Callable[[], Any]:
+        return lambda: i["values"].sort()
+
+    shapes = {
+        "gpu": ({"n": 8192, "G": 8}, {"n": 131072, "G": 8}),
+        "cpu": ({"n": 8192, "G": 8},),
+        "quick": ({"n": 300, "G": 3},),
+    }
+    for shape in shapes[size]:
+        yield Case(
+            "partition",
+            shape,
+            torch.float32,
+            grouped_values,
+            specification,
+            (),
+            peers.PARTITION,
+            {FORWARD: Work(shape["n"], "value", "n", "a sort", sort)},
+            {**shape, "n": min(shape["n"], 1000)},
+        )
+
+
+OPS: dict[str, Callable[[str], Iterator[Case]]] = {
+    "linear_logprobs": linear_logprobs,
+    "logprobs": logprobs,
+    "linear_policy_loss": linear_policy_loss,
+    "experience": experience,
+    "groups": groups,
+    "group_advantages": group_advantages,
+    "partition": partition,
+}
+
+# The tests that have to be green before a speed is reported.
+TESTS = {
+    "linear_logprobs": "tests/gikernels/vocabulary/test_linear_logprobs.py",
+    "logprobs": "tests/gikernels/vocabulary/test_logprobs.py",
+    "linear_policy_loss": "tests/gikernels/vocabulary/test_policy_loss.py",
+    "experience": "tests/gikernels/sequence/test_experience.py",
+    "groups": "tests/gikernels/groups/test_stats.py",
+    "group_advantages": "tests/gikernels/groups/test_stats.py",
+    "partition": "tests/gikernels/groups/test_partition.py",
+}
+
+
+def find(op: str, size: str, index: int) -> Case:
+    return list(OPS[op](size))[index]

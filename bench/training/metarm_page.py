@@ -1,0 +1,171 @@
+"""What came out of MetaRM's study: the page and the plot, and the intervals that they show."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from trainer.report import STYLE
+
+
+def interval(values: list[float], draws: int = 10_000) -> tuple[float, float, float]:
+    """Mean, and the middle 95 % of the means of resampled seeds."""
+    given = np.asarray(values)
+    picks = np.random.default_rng(0).integers(len(given), size=(draws, len(given)))
+    low, high = np.quantile(given[picks].mean(1), (0.025, 0.975))
+    return float(given.mean()), float(low), float(high)
+
+
+def column(rows: list[dict], variant: str, n: int, key: str) -> dict[int, float]:
+    """Seed -> value."""
+    return {
+        row["seed"]: row[key]
+        for row in rows
+        if row["variant"] == variant and row["round"] == n and row.get(key) is not None
+    }
+
+
+def against_control(rows: list[dict], variant: str, n: int, key: str) -> list[float]:
+    ours, control = (column(rows, name, n, key) for name in (variant, "none"))
+    return [ours[seed] - control[seed] for seed in sorted(ours.keys() & control.keys())]
+
+
+def change(rows: list[dict], variant: str, n: int, key: str) -> list[float]:
+    """From the round before, seed by seed."""
+    old, new = (column(rows, variant, each, key) for each in (n - 1, n))
+    return [new[seed] - old[seed] for seed in sorted(new.keys() & old.keys())]
+
+
+def over_rounds(rows: list[dict], variant: str, rounds: range, key: str) -> list[float]:
+    """Mean over the rounds of the difference to the control, of each seed that has them all."""
+    if variant == "none":
+        return []
+    both = [[column(rows, name, n, key) for name in (variant, "none")] for n in rounds]
+    seeds = set.intersection(*(set(each) for pair in both for each in pair))
+    return [statistics.mean(a[seed] - b[seed] for a, b in both) for seed in sorted(seeds)]
+
+
+REWARD_MODEL = (
+    ("spread", "relative spread"),
+    ("taste_accuracy", "accuracy by taste"),
+    ("gold_accuracy", "accuracy by gold"),
+    ("pair_accuracy", "held-out pairs"),
+    ("objective", "J"),
+)
+POLICY = (
+    ("policy/gold", "gold"),
+    ("policy/proxy", "proxy"),
+    ("policy/kl", "KL"),
+    ("policy/distinct", "distinct answers"),
+)
+
+
+GOLD = (
+    "Change from one round to the next, and 95 % over seeds; last, the mean over the rounds less "
+    "the control's. `literal` takes a detour so short that it is a second control: what lies "
+    "between it and `none` is chance, for PPO enlarges any difference, and intervals from few "
+    "seeds are narrow."
+)
+
+
+def markdown(results: dict) -> str:
+    rows, variants = results["rows"], results["variants"]
+    rounds = range(1, results["rounds"] + 1)
+    lines = [
+        "# MetaRM on the toy world",
+        "",
+        f"{len(results['seeds'])} seeds ({', '.join(map(str, results['seeds']))}), "
+        f"{results['rounds']} rounds. `python -m bench.training.metarm` repeats it; its first "
+        "lines say what the columns mean. In brackets: 95 % of the difference to `none` of the "
+        "same seed, bootstrap over seeds.",
+        "",
+        "## Reward model, on answers of the policy as it is at the start of the round",
+        "",
+        "The first line of a round is the control's reward model before the round.",
+        "",
+    ]
+    lines += _head(["round", "variant", *(title for _, title in REWARD_MODEL)])
+    for n in rounds:
+        before = [_cell(rows, "none", n, f"before/{key}") for key, _ in REWARD_MODEL]
+        lines.append(_row([str(n), "before", *before]))
+        for variant in variants:
+            cells = [_cell(rows, variant, n, f"after/{key}") for key, _ in REWARD_MODEL]
+            lines.append(_row([str(n), variant, *cells]))
+    lines += ["", "## Policy after the round's PPO", ""]
+    lines += _head(["round", "variant", *(title for _, title in POLICY)])
+    start = [_cell(rows, "none", 0, key) for key, _ in POLICY]
+    lines.append(_row(["0", "all", *start]))
+    for n in rounds:
+        for variant in variants:
+            cells = [_cell(rows, variant, n, key) for key, _ in POLICY]
+            lines.append(_row([str(n), variant, *cells]))
+    lines += ["", "## Gold", "", GOLD, ""]
+    lines += _head(["variant", *(f"{n - 1} to {n}" for n in rounds), "over the rounds"])
+    for variant in variants:
+        gains = [change(rows, variant, n, "policy/gold") for n in rounds]
+        gains.append(over_rounds(rows, variant, rounds, "policy/gold"))
+        lines.append(_row([variant, *(_interval(gain) if gain else "" for gain in gains)]))
+    return "\n".join(lines) + "\n"
+
+
+def _head(titles: list[str]) -> list[str]:
+    return [_row(titles), "|" + "---|" * len(titles)]
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(rows: list[dict], variant: str, n: int, key: str) -> str:
+    """The mean; and of what is not the control, the interval of its difference to it."""
+    values = column(rows, variant, n, key)
+    if not values:
+        return ""
+    text = f"{statistics.mean(values.values()):.3f}"
+    if variant != "none" and (differences := against_control(rows, variant, n, key)):
+        _, low, high = interval(differences)
+        text += f" [{low:+.3f}, {high:+.3f}]"
+    return text
+
+
+def _interval(values: list[float]) -> str:
+    mean, low, high = interval(values)
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+COLOURS = ("#7d8597", "#b08900", "#2e6f95", "#8e6c8a", "#c8553d", "#588157")
+
+
+def plot(results: dict, path: Path) -> None:
+    panels = (
+        ("after/spread", "Relative spread on the policy's answers"),
+        ("after/taste_accuracy", "Accuracy there, by annotators' taste"),
+        ("after/gold_accuracy", "Accuracy there, by gold"),
+        ("policy/gold", "Policy's gold after the round"),
+        ("policy/proxy", "Policy's proxy, by the round's model"),
+        ("policy/kl", "Policy's KL from SFT, nats"),
+    )
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 6.2))
+        for axes, (key, title) in zip(figure.subplots(2, 3).flat, panels):
+            for i, variant in enumerate(results["variants"]):
+                points = []
+                for n in range(results["rounds"] + 1):
+                    values = list(column(results["rows"], variant, n, key).values())
+                    if values:
+                        points.append((n, *interval(values)))
+                xs, means, lows, highs = zip(*points)
+                colour = COLOURS[i % len(COLOURS)]
+                dodge = [x + 0.05 * (i - len(results["variants"]) / 2) for x in xs]
+                axes.plot(dodge, means, color=colour, marker="o", markersize=4, label=variant)
+                axes.vlines(dodge, lows, highs, color=colour, linewidth=1, alpha=0.6)
+            axes.set_title(title)
+            axes.set_xticks(range(results["rounds"] + 1))
+            axes.set_xlabel("round")
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        figure.savefig(path, format="png", dpi=130)
