@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from trainer import config as settings
 from trainer.config import Config, ConfigError
@@ -51,7 +52,7 @@ class UsageError(ValueError):
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
@@ -124,9 +125,10 @@ def _run(args: argparse.Namespace) -> int:
 
     from trainer import parallel
     from trainer.cli import plan
+    from trainer.cli.check import check
 
     parallel.start()
-    checked = plan.check(config, stages, dry_run=args.dry_run)
+    checked = check(config, stages, dry_run=args.dry_run)
     _check_folder(config, args.command, resume)
     if args.dry_run:
         if parallel.is_main():

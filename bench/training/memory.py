@@ -67,14 +67,15 @@ def make(folder: str) -> None:
 
 
 def step(folder: str, output: str) -> None:
-    from trainer.cli import plan
+    from trainer.cli import memory
+    from trainer.cli.check import check
     from trainer.config import load
     from trainer.ppo import build, loop
     from trainer.runs.folder import RunFolder
 
     config = load("toy", [*SETTINGS, f"model.policy={folder}", f"run.output={output}"])
-    checked = plan.check(config, ("ppo",))
-    parts = plan.memory(config, "ppo", checked.policy, checked.policy, 1)
+    checked = check(config, ("ppo",))
+    parts = memory.estimate(config, "ppo", checked.policy, checked.policy, 1)
     t = build.Setup.of(config, RunFolder(output))
     began = time.perf_counter()
     metrics = loop.iteration(t, 0)

@@ -25,7 +25,7 @@ def minibatches(
 
 
 @lru_cache(maxsize=4)
-def _epoch(count: int, epoch: int, seed: tuple) -> Tensor:
+def _epoch(count: int, epoch: int, seed: tuple[object, ...]) -> Tensor:
     return torch.randperm(count, generator=parallel.generator("epoch", epoch, *seed))
 
 

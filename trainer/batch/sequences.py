@@ -59,7 +59,8 @@ class Sequences:
         prompts, _ = self.prompts_on_the_right()
         same = torch.unique(prompts, dim=0, return_inverse=True)[1]
         lengths, rows = self.lengths.tolist(), same.argsort(stable=True).tolist()
-        batches, longest = [[]], 0
+        batches: list[list[int]] = [[]]
+        longest = 0
         for row in rows:
             longest = max(longest, lengths[row])
             if batches[-1] and (len(batches[-1]) + 1) * longest > budget:
@@ -104,8 +105,12 @@ class Sequences:
         ).to(parallel.device())
 
     def to(self, device: torch.device) -> Sequences:
-        tensors = (self.tokens, self.prompt_lengths, self.lengths)
-        return Sequences(*(x.to(device) for x in tensors), self.shared)
+        return Sequences(
+            self.tokens.to(device),
+            self.prompt_lengths.to(device),
+            self.lengths.to(device),
+            self.shared,
+        )
 
 
 def micro_batches(lengths: Tensor, budget: int) -> list[Tensor]:
@@ -143,8 +148,8 @@ def pieces(lengths: Tensor, budget: int) -> list[Piece]:
     if ranks == 1:
         return [Piece(rows, 1) for rows in micro_batches(lengths, budget)]
     cut = []
-    for rows in shares(lengths.tolist(), ranks):
-        rows = torch.tensor(rows, dtype=torch.long, device=lengths.device)
+    for part in shares(lengths.tolist(), ranks):
+        rows = torch.tensor(part, dtype=torch.long, device=lengths.device)
         cut.append([rows[some] for some in micro_batches(lengths[rows], budget)])
     most, mine = max(map(len, cut)), cut[parallel.rank()]
     company = Piece(lengths.argmin().view(1), 0)

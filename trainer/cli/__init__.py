@@ -1,1 +1,1 @@
-"""The commands that train nothing: the plan of a run, and what this machine has."""
+"""What trains nothing: a run is checked and planned, and what this machine has is shown."""

@@ -36,8 +36,8 @@ def build(section: type, data: Any, key: str, root: type) -> Any:
 def _convert(value: Any, kind: Any, key: str, root: type) -> Any:
     """`value` as the type `kind`, or an error that names key, value and want."""
     origin, inner = get_origin(kind), get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return build(kind, value, key, root)  # type: ignore[arg-type]
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return build(kind, value, key, root)
     if origin is Literal:
         require(value in inner, key, value, choices(value, inner))
         return value

@@ -1,7 +1,5 @@
 """What a run starts from: models, data, or the built-in world."""
 
-# ruff: noqa: RUF009  (key makes a field, not a default)
-
 from __future__ import annotations
 
 from collections.abc import Mapping

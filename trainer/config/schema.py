@@ -1,7 +1,5 @@
 """Config: all sections, what relates them, and how one is made from plain data."""
 
-# ruff: noqa: RUF009  (key makes a field, not a default)
-
 from __future__ import annotations
 
 import dataclasses

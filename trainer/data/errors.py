@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 class DataError(ValueError):
     """One line that names the file and line (or the setting), the column, and what is wrong."""

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.batch.types import Messages
 from trainer.config import Columns
 from trainer.data.errors import DataError
 
-if TYPE_CHECKING:
-    pass
-
 RESPONSES = ("response", "completion", "label")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-
-
-# What a row says, before any tokenizer. Prompts are text or messages, answers are text.
 
 
 def prompt_of(row: dict[str, Any], columns: Columns, where: str) -> str | Messages:
@@ -43,8 +37,8 @@ def demonstration_of(
     row: dict[str, Any], columns: Columns, where: str
 ) -> tuple[str | Messages, str]:
     if _is_tldr(row):
-        prompt, better, _ = _tldr_pair(row, where)
-        return prompt, better
+        post, better, _ = _tldr_pair(row, where)
+        return post, better
     names = (columns.response,) if columns.response else RESPONSES
     response = next((name for name in names if pick(row, name) is not None), None)
     if response is not None:
@@ -77,7 +71,9 @@ def pair_of(row: dict[str, Any], columns: Columns, where: str) -> tuple[str | Me
             shared += 1
         prompt = chosen[:shared]
     elif prompt is None:
-        prompt = "" if isinstance(chosen, list) else _common_prefix(chosen, rejected)
+        prompt = ""
+        if isinstance(chosen, str) and isinstance(rejected, str):
+            prompt = _common_prefix(chosen, rejected)
     prompt = _part(prompt, columns.prompt, where)
     _, better = _answer_after(prompt, chosen, columns.chosen, where)
     _, worse = _answer_after(prompt, rejected, columns.rejected, where)
@@ -150,8 +146,9 @@ def _tldr_pair(row: dict[str, Any], where: str) -> tuple[str, str, str]:
         raise DataError(f"{where}: summaries: want two of them")
     if choice not in (0, 1):
         raise DataError(f"{where}: choice: is {choice!r}; want 0 or 1")
-    texts = [pick(each, "text") if isinstance(each, dict) else None for each in summaries]
-    if not all(isinstance(text, str) for text in texts):
+    said = [pick(each, "text") if isinstance(each, dict) else None for each in summaries]
+    texts = [text for text in said if isinstance(text, str)]
+    if len(texts) != 2:
         raise DataError(f"{where}: summaries: want a text in each")
     # The released texts begin with a space, as what follows "TL;DR:" should.
     texts = [text if text[:1].isspace() else f" {text}" for text in texts]

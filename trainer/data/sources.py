@@ -12,7 +12,7 @@ are. What is wrong with a row is a DataError of one line: file:line, then the co
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from trainer.batch.types import Pair, Prompt
 from trainer.config import Config
@@ -26,7 +26,7 @@ from trainer.worlds.world import World
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 SOURCES = {"train": "prompts", "eval": "eval_prompts", "ood": "ood_prompts"}
 
@@ -113,7 +113,7 @@ def load_pairs(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Pair]
     return _some(pairs, len(rows) - same, key, source)
 
 
-def _some(kept: list, rows: int, key: str, source: str) -> list:
+def _some(kept: list[T], rows: int, key: str, source: str) -> list[T]:
     if not kept:
         raise DataError(f"data.{key}: {source}: no row is left of {rows}")
     if len(kept) < rows:

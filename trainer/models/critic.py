@@ -1,8 +1,9 @@
-"""Values, and the small head that predicts an answer's group."""
+"""The critic: values, and the small head that predicts an answer's group."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from trainer.batch.sequences import Sequences
 from trainer.models.packing import last_hidden
@@ -16,7 +17,7 @@ class Critic(nn.Module):
     the task) or at the last answer token (the paper; it judges the answer too).
     """
 
-    def __init__(self, body: nn.Module, hidden_size: int, num_groups: int, on: str) -> None:
+    def __init__(self, body: PreTrainedModel, hidden_size: int, num_groups: int, on: str) -> None:
         super().__init__()
         self.body = body
         self.value_head = nn.Linear(hidden_size, 1)

@@ -146,7 +146,7 @@ def prepare(module: M, config: Config, offload: bool = False) -> M:
         if isinstance(part, nn.Dropout):
             part.p = 0.0
         if isinstance(getattr(part, "attention_dropout", None), float):
-            part.attention_dropout = 0.0
+            part.attention_dropout = 0.0  # type: ignore[assignment]  # not Tensor | Module
     if packs(config):
         use_packed(next(part for part in module.modules() if isinstance(part, PreTrainedModel)))
     if config.model.gradient_checkpointing:
@@ -171,7 +171,12 @@ def describe_attention(config: Config) -> str:
     return f"packed sequences, attention {which}"
 
 
-def _load(auto, source: str, config: Config, **options) -> PreTrainedModel:
+def _load(
+    auto: type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification],
+    source: str,
+    config: Config,
+    **options: int,
+) -> PreTrainedModel:
     """Rank 0 reads the weights; the others build a model without storage and get theirs from it."""
     common = {
         "attn_implementation": config.model.attention,

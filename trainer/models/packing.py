@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 PACKED = "packed"
 """Name of this attention in transformers."""
@@ -34,7 +35,7 @@ class Packed:
         return Packed(bounds, lengths.tolist())
 
 
-def last_hidden(body: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor:
+def last_hidden(body: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> Tensor:
     """Hidden states of the last layer; what lies behind a sequence's end is of no meaning."""
     if body.config._attn_implementation != PACKED:
         return body(input_ids=tokens, use_cache=False).last_hidden_state
@@ -51,14 +52,14 @@ def last_hidden(body: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor:
     return out.masked_scatter(real.unsqueeze(2), states)
 
 
-def use_packed(model: nn.Module) -> bool:
+def use_packed(model: PreTrainedModel) -> bool:
     """Switch a transformers model over, where it can: whether it could."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     config = model.config.get_text_config()
-    # A cap on attention's own logits is known to none of these kernels.
-    if not getattr(model, "_supports_sdpa", False) or getattr(config, "attn_logit_softcapping", 0):
+    capped = getattr(config, "attn_logit_softcapping", None)  # known to none of these kernels
+    if capped or not getattr(model, "_supports_sdpa", False):
         return False
     AttentionInterface.register(PACKED, packed_attention)
     AttentionMaskInterface.register(PACKED, sdpa_mask)
@@ -122,7 +123,12 @@ def packed_attention(
 
 
 def _each_alone(
-    query: Tensor, key: Tensor, value: Tensor, scaling, window: int | None, lengths: list[int]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int | None,
+    lengths: list[int],
 ) -> Tensor:
     outs = []
     for q, k, v in zip(*(x.split(lengths, 2) for x in (query, key, value))):
@@ -131,7 +137,9 @@ def _each_alone(
             steps = torch.arange(q.shape[2], device=q.device)
             behind = steps.unsqueeze(1) - steps
             near = (behind >= 0) & (behind < window)
-        options = {"scale": scaling, "enable_gqa": q.shape[1] != k.shape[1]}
-        causal = {"is_causal": True} if near is None else {"attn_mask": near}
-        outs.append(F.scaled_dot_product_attention(q, k, v, **causal, **options))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=near, is_causal=near is None,
+            scale=scaling, enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        outs.append(out)
     return torch.cat(outs, 2).transpose(1, 2)

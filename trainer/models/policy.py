@@ -10,10 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import gikernels
 from gikernels import TokenStats
@@ -57,7 +54,11 @@ class Policy(nn.Module):
             ref=ref,
         )
         mask = sequences.mask
-        return TokenStats(*(None if x is None else unflatten(x, mask) for x in stats))
+        return TokenStats(
+            logprobs=unflatten(stats.logprobs, mask),
+            entropy=unflatten(stats.entropy, mask),
+            kl=None if stats.kl is None else unflatten(stats.kl, mask),
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) float32, before the temperature: for sampling one token."""

@@ -1,4 +1,4 @@
-"""One score an answer."""
+"""The reward model: one score an answer."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.batch.sequences import Sequences
 from trainer.config import ConfigError

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import transformers
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer import parallel
 
-# --- making them --------------------------------------------------------------------------------
-
 
 @contextmanager
-def quietly():
+def quietly() -> Iterator[None]:
     """Hugging Face announces every load, save and new head; all are expected here."""
     level, bars = (
         transformers.logging.get_verbosity(),

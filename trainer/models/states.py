@@ -6,16 +6,12 @@ s sequences, L padded tokens, T padded answer tokens, D hidden, n answer tokens 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from transformers import (
-    DynamicCache,
-)
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from trainer.batch.sequences import Sequences, micro_batches
 from trainer.models.packing import last_hidden
-
-# --- shared by the models -----------------------------------------------------------------------
 
 
 def before_answer(sequences: Sequences) -> Tensor:
@@ -25,7 +21,7 @@ def before_answer(sequences: Sequences) -> Tensor:
     return after_prompt & (places < sequences.lengths.unsqueeze(1))
 
 
-def answer_states(body: nn.Module, sequences: Sequences) -> Tensor:
+def answer_states(body: PreTrainedModel, sequences: Sequences) -> Tensor:
     """(n, D): the hidden states in front of the answers' tokens, in row order."""
     if sequences.shared and _keeps_plain_keys(body):
         prompts, padding = sequences.prompts_on_the_right()
@@ -39,7 +35,7 @@ def answer_states(body: nn.Module, sequences: Sequences) -> Tensor:
     return states[before_answer(sequences)]
 
 
-def _keeps_plain_keys(body: nn.Module) -> bool:
+def _keeps_plain_keys(body: PreTrainedModel) -> bool:
     """Whether its cache can be split by rows: not with a sliding window or linear attention, and
     there is no cache at all where activations are computed twice."""
     if body.training and getattr(body, "gradient_checkpointing", False):
@@ -48,7 +44,7 @@ def _keeps_plain_keys(body: nn.Module) -> bool:
 
 
 def _states_with_shared_prompts(
-    body: nn.Module,
+    body: PreTrainedModel,
     sequences: Sequences,
     prompts: Tensor,  # (s, P), padded on the left
     padding: Tensor,  # (s, P) bool

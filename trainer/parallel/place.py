@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -11,15 +12,18 @@ from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.config import Config
 from trainer.parallel.ranks import device, is_main, mesh, world_size
 
+M = TypeVar("M", bound=nn.Module)
 
-def place(module: nn.Module, config: Config, offload: bool = False) -> nn.Module:
+
+def place(module: M, config: Config, offload: bool = False) -> M:
     """A finished model onto this rank's device, or with several ranks its shards (FSDP2).
 
     The model of rank 0 counts: its weights and buffers go to the others, which may have built
@@ -32,19 +36,25 @@ def place(module: nn.Module, config: Config, offload: bool = False) -> nn.Module
     if world_size() == 1:
         return module.to(device())
     half = torch.bfloat16 if config.model.dtype == "bfloat16" else None
-    options = {
-        "mesh": mesh(config.trainer.replicas),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32),
-        "reshard_after_forward": True,
-    }
-    home = device()
+    precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    home, rests = device(), OffloadPolicy()
     if offload:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=home.type == "cuda")
+        rests = CPUOffloadPolicy(pin_memory=home.type == "cuda")
         home = torch.device("cpu")
+
+    def shard(part: nn.Module) -> None:
+        fully_shard(
+            part,
+            mesh=mesh(config.trainer.replicas),
+            reshard_after_forward=True,
+            mp_policy=precision,
+            offload_policy=rests,
+        )
+
     weights = {name: p.detach() for name, p in module.named_parameters()} if is_main() else {}
     for block in blocks(module):
-        fully_shard(block, **options)
-    fully_shard(module, **options)
+        shard(block)
+    shard(module)
     if any(x.is_meta for x in [*module.parameters(), *module.buffers()]):
         module.to_empty(device=home)
     for part in module.modules():
@@ -59,6 +69,7 @@ def place(module: nn.Module, config: Config, offload: bool = False) -> nn.Module
                 else torch.empty(p.shape, dtype=p.dtype, device=device())
             )
             torch.distributed.broadcast(full, 0)
+            assert isinstance(p, DTensor)
             p.copy_(distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None))
         for buffer in module.buffers():
             full = buffer.to(device())

@@ -1,4 +1,4 @@
-"""Several ranks, one result: what the loop asks of the others, and how a model is spread over them.
+"""Several ranks, one result: what the loop asks of the others, and the mesh that they form.
 
 Every rank knows the whole batch and computes on a share of its sequences. Models' outputs are put
 together again (`all_sum` of parts that are zero elsewhere, which is exact), so whatever is derived
@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import resource
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from trainer.config import ConfigError
+
+T = TypeVar("T")
 
 
 def device() -> torch.device:
@@ -101,11 +104,11 @@ def all_true(flag: bool) -> bool:
     return not any_true(not flag)
 
 
-def gather_objects(x: object) -> list:
+def gather_objects(x: T) -> list[T]:
     """One small object of each rank, on every rank."""
     if world_size() == 1:
         return [x]
-    out = [None] * world_size()
+    out: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(out, x, group=cpu_group())
     return out
 
@@ -116,7 +119,7 @@ def barrier() -> None:
 
 
 @functools.cache
-def cpu_group(use: str = "objects"):
+def cpu_group(use: str = "objects") -> torch.distributed.ProcessGroup | None:
     """For what is not on a GPU. Each thread has to have one of its own: small objects between
     steps, checkpoints that are written in the background."""
     if world_size() == 1:
@@ -132,7 +135,8 @@ def mesh(replicas: int) -> DeviceMesh:
             f"is {replicas}; want a divisor of the number of ranks, {world_size()}",
             "trainer.replicas",
         )
-    shape, names = (replicas, world_size() // replicas), ("replicate", "shard")
+    shape: tuple[int, ...] = (replicas, world_size() // replicas)
+    names: tuple[str, ...] = ("replicate", "shard")
     if replicas == 1:
         shape, names = shape[1:], names[1:]
     return init_device_mesh(device().type, shape, mesh_dim_names=names)

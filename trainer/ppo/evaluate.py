@@ -9,6 +9,8 @@ model.reference names another.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -118,7 +120,9 @@ class Evaluator:
         ]
 
 
-def by_label(columns: dict[str, Tensor], labels: list[str | None], prefix: str) -> dict[str, float]:
+def by_label(
+    columns: dict[str, Tensor], labels: Sequence[str | None], prefix: str
+) -> dict[str, float]:
     """{prefix/label/column: mean} for each label that is not None, in order of first appearance."""
     out = {}
     for label in dict.fromkeys(labels):

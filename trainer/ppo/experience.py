@@ -134,7 +134,7 @@ def estimate(
     # Without a critic a sequence has one return: its penalised score, which is compared with those
     # of its prompt's other samples, or of its inferred group.
     returns = out.returns[:, 0]
-    if group is None:
+    if group is None or num_groups is None:
         group = torch.arange(len(scores), device=scores.device, dtype=torch.int32) // samples
         num_groups = len(scores) // samples
     leave_one_out = config.ppo.advantages == "leave_one_out"

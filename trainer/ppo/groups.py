@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +24,17 @@ from torch import Tensor
 
 import gikernels
 from trainer import parallel
+from trainer.batch.types import Prompt
 from trainer.config import Config
 from trainer.data.errors import DataError
 
 
 class Groups:
-    def __init__(self, config: Config, prompts: list) -> None:
+    def __init__(self, config: Config, prompts: list[Prompt]) -> None:
         self.config, self.kl = config.groups, config.kl
         self.seed = config.run.seed
         self.inference = config.groups.inference
-        self.domains: list[str] = []
+        self.domains: Sequence[str] = ()
         self.num = config.groups.num_groups
         if self.inference == "none":
             self.num = 1
@@ -44,7 +45,7 @@ class Groups:
                     "groups.inference=oracle: the prompts need a domain column "
                     f"(data.columns.domain); {missing.text[:40]!r} has none"
                 )
-            self.domains = sorted({p.domain for p in prompts})
+            self.domains = sorted({p.domain for p in prompts if p.domain is not None})
             self.num = len(self.domains)
         device = parallel.device()
         # Slots are the head's outputs (or the domains) in their own order; order[g] is the slot of
@@ -95,7 +96,7 @@ class Groups:
 
     # --- who belongs where ---
 
-    def probs(self, logits: Tensor | None, prompts: list) -> Tensor:
+    def probs(self, logits: Tensor | None, prompts: list[Prompt]) -> Tensor:
         """(S, M): p_ig, hardest group first. `logits` are the head's, `prompts` one a sequence."""
         if self.has_head:
             assert logits is not None
@@ -126,7 +127,7 @@ class Groups:
     def _rank(probs: Tensor) -> Tensor:  # (S, M) -> (S): the expected group
         return probs @ torch.arange(probs.shape[1], device=probs.device, dtype=probs.dtype)
 
-    def drawing_weights(self, logits: Tensor | None, prompts: list) -> Tensor:
+    def drawing_weights(self, logits: Tensor | None, prompts: list[Prompt]) -> Tensor:
         """(n): how likely each prompt of a pool is to be taken, up to a common factor.
 
         With focus 1 every group is met equally often, whatever its share of the data. A weight of
@@ -140,7 +141,7 @@ class Groups:
         focus = self.config.focus
         return probs @ (1 - focus + focus / (present * self.share.clamp(min=1e-9)))
 
-    def _slot(self, prompt) -> int:
+    def _slot(self, prompt: Prompt) -> int:
         if self.inference == "oracle":
             return self.domains.index(prompt.domain)
         if self.inference == "random":  # the same prompt always in the same group
@@ -317,9 +318,6 @@ def group_means(probs: Tensor, values: Tensor) -> Tensor:
     mass = p.sum(0)
     means = torch.where(mass > 0, (p * v).sum(0) / mass.clamp(min=1e-300), v.mean(0))
     return means.float()
-
-
-# --- performance that is comparable between prompts ---------------------------------------------
 
 
 def performance(

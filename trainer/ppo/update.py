@@ -6,6 +6,7 @@ Sums over micro-batches and ranks with one global denominator. S sequences, T pa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def train_critic(t: Setup, step: int, batch: Batch, updates: Averages) -> None:
                 head_loss = t.signals.groups.head_loss(
                     batch.labels[chosen] if batch.labels is not None else None,
                     batch.performance[chosen],
-                    lambda part=part: t.group_logits(part),
+                    partial(t.group_logits, part),
                 )
             for rows, weight in part.pieces(config.trainer.tokens_per_microbatch):
                 here = chosen[rows]
@@ -121,7 +122,9 @@ def shuffled(t: Setup, name: str, step: int, epoch: int) -> Iterator[Tensor]:
     return minibatches(ppo.sequences_per_step, ppo.minibatches, generator, ppo.samples_per_prompt)
 
 
-def kl_loss(config: Config, logprobs: Tensor, ref_logprobs: Tensor, kl_coef: Tensor, mask: Tensor):
+def kl_loss(
+    config: Config, logprobs: Tensor, ref_logprobs: Tensor, kl_coef: Tensor, mask: Tensor
+) -> Tensor:
     """Sum of eta_i * KL_it, differentiable; k3, because k1's gradient is zero in expectation."""
     estimator = "k3" if config.kl.estimator in ("k1", "exact") else config.kl.estimator
     each = torch.arange(len(kl_coef), device=kl_coef.device, dtype=torch.int32)

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 import matplotlib
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from trainer import config as settings
 from trainer.report.panels import SECTIONS

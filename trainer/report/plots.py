@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from trainer.report.runs import SFT, SFT_COLOUR, Run
@@ -48,7 +49,7 @@ class Panel:
 Point = tuple[list[float], list[float]]
 
 
-def new_axes(title: str, x: str = "", y: str = "") -> tuple[Figure, Any]:
+def new_axes(title: str, x: str = "", y: str = "") -> tuple[Figure, Axes]:
     figure = Figure(figsize=(4.4, 3.0))
     axes = figure.add_subplot()
     axes.set(xlabel=x, ylabel=y)
@@ -240,7 +241,7 @@ def timing(run: Run) -> Panel | None:
     return Panel(f"timing_{file_name(run.name)}", run.name, figure)
 
 
-def legend(axes: Any) -> None:
+def legend(axes: Axes) -> None:
     """Under the axes, where it hides no curve."""
     handles, labels = axes.get_legend_handles_labels()
     axes.figure.legend(

@@ -9,8 +9,6 @@ from rich.table import Table
 from trainer.runs.folder import RunFolder
 from trainer.runs.log import read_lines
 
-# --- the table at the end -------------------------------------------------------------------------
-
 
 def evaluations(run: RunFolder, policy: str) -> list[dict]:
     lines = [line for line in read_lines(run.metrics) if line["stage"] == "eval"]
@@ -63,8 +61,8 @@ def final_table(runs: Mapping[str, RunFolder]) -> Table | None:
     for title, metric, over_run in rows:
         cells = []
         for last, many in columns.values():
-            values = [line.get(metric) for line in (many if over_run else [last])]
-            values = [v for v in values if v is not None]
+            lines = many if over_run else [last]
+            values = [line[metric] for line in lines if line.get(metric) is not None]
             cells.append(f"{sum(values) / len(values):.3f}" if values else "")
         if any(cells):
             kind = title.split()[0]

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trainer.batch.types import Prompt
 from trainer.config import Config
 
 
@@ -75,7 +76,7 @@ def load_functions(config: Config) -> dict[str, tuple[RewardFunction, float]]:
     }
 
 
-def check_functions(config: Config, prompts) -> None:
+def check_functions(config: Config, prompts: list[Prompt]) -> None:
     """Call every reward function once, on prompts and an empty answer, before a run begins."""
     some = prompts[:2]
     for function, _ in load_functions(config).values():

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer import parallel
 from trainer.batch.sequences import Sequences, forward_all
+from trainer.batch.types import Prompt
 from trainer.config import Config
 from trainer.models.reward import RewardModel
 from trainer.rewards.functions import load_functions
@@ -21,7 +22,7 @@ class Scorer:
         config: Config,
         tokenizer: PreTrainedTokenizerBase,
         model: RewardModel | None,
-        model_tokenizer=None,
+        model_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.config, self.tokenizer, self.model = config, tokenizer, model
         # None: the reward model reads the policy's token ids as they are.
@@ -29,19 +30,19 @@ class Scorer:
         self.model_tokenizer = None if same else model_tokenizer
         self.functions = load_functions(config)
 
-    def __call__(self, prompts: list, sequences: Sequences, truncated: Tensor) -> dict[str, Tensor]:
+    def __call__(
+        self, prompts: list[Prompt], sequences: Sequences, truncated: Tensor
+    ) -> dict[str, Tensor]:
         """{"total": (S), "model": (S), function's name: (S) ...}; prompts has one for each row."""
         parts: dict[str, tuple[Tensor, float]] = {}
-        weight = self.config.reward.model_weight
-        if self.model is not None and weight:
-            read = (
-                sequences
-                if self.model_tokenizer is None
-                else self._retokenised(sequences, truncated)
-            )
+        model, weight = self.model, self.config.reward.model_weight
+        if model is not None and weight:
+            read = sequences
+            if self.model_tokenizer is not None:
+                read = self._retokenised(self.model_tokenizer, sequences, truncated)
             with parallel.autocast(self.config.model.dtype):
                 (scores,) = forward_all(
-                    lambda batch: (self.model(batch),),
+                    lambda batch: (model(batch),),
                     read,
                     self.config.trainer.tokens_per_microbatch,
                 )
@@ -59,14 +60,15 @@ class Scorer:
             total = total + weight * scores
         return {"total": total, **{name: scores for name, (scores, _) in parts.items()}}
 
-    def _retokenised(self, sequences: Sequences, truncated: Tensor) -> Sequences:
+    def _retokenised(
+        self, theirs: PreTrainedTokenizerBase, sequences: Sequences, truncated: Tensor
+    ) -> Sequences:
         """The same texts in the reward model's own tokens."""
         prompts = [
             row[:n] for row, n in zip(sequences.tokens.tolist(), sequences.prompt_lengths.tolist())
         ]
-        theirs = self.model_tokenizer
 
-        def translate(rows: list[list[int]], **options) -> list[list[int]]:
+        def translate(rows: list[list[int]], **options: bool) -> list[list[int]]:
             texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
             return theirs(texts, **options)["input_ids"]
 

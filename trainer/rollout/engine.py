@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer import parallel
 from trainer.batch.sequences import Sequences
+from trainer.models.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Rollout:
 class Engine(Protocol):
     synced: Sync | None
 
-    def sync(self, policy: torch.nn.Module, step: int | None = None) -> None:
+    def sync(self, policy: Policy, step: int | None = None) -> None:
         """Sample from these weights from now on; `step` is what they are of, for messages."""
 
     def generate(
@@ -127,7 +128,7 @@ def importance_weights(
     return weights.to(logprobs.dtype), metrics
 
 
-def end_tokens(tokenizer: PreTrainedTokenizerBase, policy) -> set[int]:
+def end_tokens(tokenizer: PreTrainedTokenizerBase, policy: Policy) -> set[int]:
     """What ends an answer: EOS, and what the model's own generation settings name beside it."""
     model = policy.model
     named = model.generation_config.eos_token_id if model.can_generate() else None

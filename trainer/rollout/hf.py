@@ -49,7 +49,8 @@ class HuggingFaceEngine:
         All uniform numbers are drawn at once, on the CPU: how prompts are batched, and on which
         device, is no part of the result (but for rounding).
         """
-        assert self.policy is not None, "sync() a policy first"
+        policy = self.policy
+        assert policy is not None, "sync() a policy first"
         limit = self.config.rollout.max_new_tokens
         count = len(prompts) * samples
         # in (0, 1]: a token of probability 0 is never drawn
@@ -66,15 +67,15 @@ class HuggingFaceEngine:
             rows = torch.tensor([i * samples + k for i in here for k in range(samples)])
             rows = rows.to(uniform.device)
             with parallel.autocast(self.config.model.dtype):
-                out = self._sample([prompts[i] for i in here], samples, uniform[rows])
+                out = self._sample(policy, [prompts[i] for i in here], samples, uniform[rows])
             tokens[rows], logprobs[rows], lengths[rows], truncated[rows] = out
         return gathered(prompts, samples, tokens, logprobs, lengths, truncated, self.pad)
 
     def _sample(
-        self, prompts: list[list[int]], samples: int, uniform: Tensor
+        self, policy: Policy, prompts: list[list[int]], samples: int, uniform: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens and their log-probabilities (rows, limit), lengths and cut ones (rows)."""
-        policy, device = self.policy, uniform.device
+        device = uniform.device
         longest = max(map(len, prompts))
         inputs = torch.tensor([[self.pad] * (longest - len(p)) + p for p in prompts], device=device)
         lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -83,7 +84,7 @@ class HuggingFaceEngine:
         padded = bool((~seen).any())
         cache = DynamicCache(config=policy.model.config)
         # One prefill a prompt, whatever the number of samples.
-        hidden = self._forward(inputs, seen if padded else None, positions, cache)
+        hidden = last_state(policy, inputs, seen if padded else None, positions, cache)
         if samples > 1:
             cache.batch_repeat_interleave(samples)
             hidden, seen = (x.repeat_interleave(samples, 0) for x in (hidden, seen))
@@ -117,7 +118,8 @@ class HuggingFaceEngine:
                 )
             seen = torch.cat([seen, seen.new_ones(len(seen), 1)], 1)
             positions = (lengths + step).unsqueeze(1)
-            hidden = self._forward(token.unsqueeze(1), seen if padded else None, positions, cache)
+            visible = seen if padded else None
+            hidden = last_state(policy, token.unsqueeze(1), visible, positions, cache)
         return tokens, logprobs, ends, cut
 
     def _spells_a_stop(self, answers: Tensor) -> Tensor:  # (rows, steps) -> (rows) bool
@@ -129,16 +131,19 @@ class HuggingFaceEngine:
         found = [any(stop in text for stop in stops) for text in texts]
         return torch.tensor(found, device=answers.device)
 
-    def _forward(self, inputs: Tensor, seen: Tensor | None, positions: Tensor, cache) -> Tensor:
-        """Hidden state of the last token, (rows, D)."""
-        out = self.policy.model.base_model(
-            input_ids=inputs,
-            attention_mask=seen,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return out.last_hidden_state[:, -1]
+
+def last_state(
+    policy: Policy, inputs: Tensor, seen: Tensor | None, positions: Tensor, cache: DynamicCache
+) -> Tensor:
+    """Hidden state of the last token, (rows, D)."""
+    out = policy.model.base_model(
+        input_ids=inputs,
+        attention_mask=seen,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return out.last_hidden_state[:, -1]
 
 
 def draw(z: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

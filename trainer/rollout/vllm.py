@@ -18,10 +18,11 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from trainer import parallel
 from trainer.config import Config, ConfigError
@@ -31,6 +32,9 @@ from trainer.rollout.watchdog import Watchdog
 from trainer.rollout.weights import whole_weights
 from trainer.runs.checkpoint import RandomStates
 from trainer.runs.faults import RunError
+
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput
 
 TESTED = "0.32.0"
 
@@ -100,18 +104,19 @@ class VllmEngine:
         self, prompts: list[list[int]], samples: int, generator: torch.Generator
     ) -> Rollout:
         """Row i * samples + k is sample k of prompts[i]."""
-        assert self.vllm is not None and not self.vllm.asleep, "sync() first"
+        vllm = self.vllm
+        assert vllm is not None and not vllm.asleep, "sync() first"
         limit = self.config.rollout.max_new_tokens
         count = len(prompts) * samples
         seeds = torch.randint(2**62, (count,), generator=generator).tolist()
         mine = range(self.engine, len(prompts), self.engines)
         rows = [i * samples + k for i in mine for k in range(samples)]
         requests = [
-            Request(prompts[row // samples], self._limit(prompts[row // samples]), seeds[row])
+            Request(prompts[row // samples], self._limit(prompts[row // samples], vllm), seeds[row])
             for row in rows
         ]
         with _OneClearError("generate"), self.watchdog("generating"):
-            answers = self.vllm.generate(requests, sorted(self.eos), self.watchdog.heard)
+            answers = vllm.generate(requests, sorted(self.eos), self.watchdog.heard)
 
         tokens = torch.zeros(count, limit, dtype=torch.long)
         logprobs = torch.zeros(count, limit)
@@ -123,15 +128,23 @@ class VllmEngine:
                 tokens[row, :length] = torch.tensor(answer.tokens)
                 logprobs[row, :length] = torch.tensor(answer.logprobs)
                 lengths[row], truncated[row] = length, answer.truncated
-        parts = (x.to(parallel.device()) for x in (tokens, logprobs, lengths, truncated))
-        return gathered(prompts, samples, *parts, self.tokenizer.pad_token_id)
+        device = parallel.device()
+        return gathered(
+            prompts,
+            samples,
+            tokens.to(device),
+            logprobs.to(device),
+            lengths.to(device),
+            truncated.to(device),
+            self.tokenizer.pad_token_id,
+        )
 
-    def _limit(self, prompt: list[int]) -> int:
-        room = self.vllm.longest - len(prompt)
+    def _limit(self, prompt: list[int], vllm: Vllm) -> int:
+        room = vllm.longest - len(prompt)
         if room < 1:
             raise ConfigError(
                 f"a prompt of {len(prompt)} tokens leaves no room for an answer: vLLM takes "
-                f"{self.vllm.longest} tokens in all",
+                f"{vllm.longest} tokens in all",
                 "data.max_prompt_tokens",
             )
         return min(self.config.rollout.max_new_tokens, room)
@@ -288,7 +301,7 @@ class Vllm:
         return [answers[number] for number in sorted(answers)]  # it numbers them as they come
 
 
-def _answer(output) -> Answer:
+def _answer(output: CompletionOutput) -> Answer:
     tokens = list(output.token_ids)
     logprobs = [place[token].logprob for token, place in zip(tokens, output.logprobs, strict=True)]
     return Answer(tokens, logprobs, output.finish_reason == "length")
@@ -318,7 +331,7 @@ def _write_shape(policy: Policy, folder: str) -> None:
     config.save_pretrained(folder)
 
 
-def _cache_bytes(shape, longest: int, config: Config) -> int:
+def _cache_bytes(shape: PreTrainedConfig, longest: int, config: Config) -> int:
     """Room for `rollout.batch` answers of full length; vLLM cuts the cache into blocks of 128 on a
     CPU."""
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads

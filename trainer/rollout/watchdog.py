@@ -40,12 +40,13 @@ class Watchdog:
 
     def heard(self) -> None:
         self.last = time.monotonic()
-        faulthandler.dump_traceback_later(self.seconds + HELD, exit=True, file=sys.__stderr__)
+        where = sys.__stderr__ or sys.stderr
+        faulthandler.dump_traceback_later(self.seconds + HELD, exit=True, file=where)
 
     def _watch(self, what: str, over: threading.Event) -> None:
         while not over.wait(min(1.0, self.seconds / 4)):
             if time.monotonic() - self.last > self.seconds:
-                faulthandler.dump_traceback(file=sys.__stderr__)
+                faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
                 print(
                     f"gi: {self.key}={self.seconds:g}: {self.who}: no sign of life for so many "
                     f"seconds from: {what}. This process ends; what hangs is above. Checkpoints "

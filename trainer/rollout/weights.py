@@ -48,8 +48,10 @@ def gather(parameters: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Whole tensors in `dtype`, by one collective for all that are sharded alike."""
     if not isinstance(parameters[0], DTensor):
         return [p.to(dtype) for p in parameters]
-    mesh = parameters[0].device_mesh
-    for p in parameters:
+    shards = [p for p in parameters if isinstance(p, DTensor)]
+    assert len(shards) == len(parameters)
+    mesh = shards[0].device_mesh
+    for p in shards:
         assert p.device_mesh == mesh and p.placements[-1] == Shard(0)
         assert all(not isinstance(place, Shard) for place in p.placements[:-1])
     ranks = mesh.size(-1)
@@ -57,7 +59,7 @@ def gather(parameters: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     most = [-(-p.shape[0] // ranks) for p in parameters]
     sizes = [rows * p.shape[1:].numel() for rows, p in zip(most, parameters)]
     ours = torch.empty(sum(sizes), dtype=dtype, device=parallel.device())
-    for part, p in zip(ours.split(sizes), parameters):
+    for part, p in zip(ours.split(sizes), shards):
         local = p.to_local()
         part[: local.numel()].copy_(local.reshape(-1))
     everyone = ours.new_empty(ranks, len(ours))

@@ -335,7 +335,7 @@ class _OneClearError:
 
 def _flat(state: dict, above: str = "") -> dict[str, Any]:
     """{"a": {"b": x}} -> {"a/b": x}."""
-    out = {}
+    out: dict[str, Any] = {}
     for name, value in state.items():
         inner = f"{above}/{name}" if above else name
         out.update(_flat(value, inner) if isinstance(value, dict) else {inner: value})

@@ -7,15 +7,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainer import parallel
 
 console = Console(highlight=False)
-
-
-# --- the terminal ---------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -53,6 +50,6 @@ def _figures(figures: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {float(value):.3g}" for name, value in figures.items())
 
 
-def say(text: str) -> None:
+def say(what: RenderableType) -> None:
     if parallel.is_main():
-        console.print(text, soft_wrap=True)
+        console.print(what, soft_wrap=True)

@@ -26,8 +26,10 @@ class Stopped(RunError):
 
 def lost_rank(error: BaseException) -> str | None:
     """What to say where a collective failed because another rank is gone."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out")
-    signs = (*signs, "Socket closed", "remote process exited", "NCCL", "Gloo")
+    signs = (
+        "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out",
+        "Socket closed", "remote process exited", "NCCL", "Gloo",
+    )  # fmt: skip
     if not isinstance(error, RuntimeError) or not any(sign in str(error) for sign in signs):
         return None
     first = str(error).strip().splitlines()[0]

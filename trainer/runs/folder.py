@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class RunFolder:
-    """Where everything of one run lies."""
+    """Names alone: whoever writes there makes the folders."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from trainer import parallel
 from trainer.runs.folder import RunFolder
 
-# --- metrics.jsonl and sinks --------------------------------------------------------------------
+# Of a stage, a step, and its figures.
+Sink = Callable[[str, int, dict[str, float]], None]
 
 
 class MetricsLog:
@@ -25,8 +26,8 @@ class MetricsLog:
     """
 
     def __init__(self, run: RunFolder, stages: Iterable[str], done: int, sinks: Iterable[str]):
-        self.files = {}
-        self.writers: list[Any] = []
+        self.files: dict[str, TextIO] = {}
+        self.writers: list[Sink] = []
         if not parallel.is_main():
             return
         run.path.mkdir(parents=True, exist_ok=True)
@@ -95,7 +96,7 @@ def read_lines(path: Path) -> list[dict]:
     return lines
 
 
-def _tensorboard(run: RunFolder):
+def _tensorboard(run: RunFolder) -> Sink:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(run.path / "tensorboard")
@@ -108,11 +109,11 @@ def _tensorboard(run: RunFolder):
     return write
 
 
-def _wandb(run: RunFolder):
+def _wandb(run: RunFolder) -> Sink:
     import wandb
 
     session = wandb.init(project="gikernels", name=run.path.name, dir=run.path, resume="allow")
-    seen = set()
+    seen: set[str] = set()
 
     def write(stage: str, step: int, values: dict[str, float]) -> None:
         if stage not in seen:  # each stage counts its own steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class Optimizer:
         guard: Guard | None = None,
         name: str = "",  # what the guard calls it
     ) -> None:
-        options = []
+        options: list[dict[str, Any]] = []
         for lr, params in groups:
             params = [p for p in params if p.requires_grad]
             matrices = [p for p in params if p.dim() > 1]

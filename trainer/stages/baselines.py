@@ -41,7 +41,8 @@ def running(config: Config, run: RunFolder, resume: bool = False) -> Iterator[No
             loop.run(inner, folder, resume)
         return
     on_cpu = parallel.device().type == "cpu"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = here or 1
     at_once = min(len(waiting), cores - 1) if on_cpu else 0
     threads = max(1, cores // (at_once + 1))
     before = torch.get_num_threads()
@@ -85,7 +86,7 @@ def _start(
         )
 
 
-def _inner(config: Config, run: RunFolder, name: str, threads: int):
+def _inner(config: Config, run: RunFolder, name: str, threads: int) -> Config:
     inner = config.baseline(name)
     output = str(run.baseline(name).path)
     return dataclasses.replace(

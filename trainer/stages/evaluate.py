@@ -13,7 +13,7 @@ from trainer.runs.log import MetricsLog
 
 
 def run(config: Config, run: RunFolder, resume: bool = False) -> None:
-    """`gi eval`: the policy that this run made, or the one that the configuration names."""
+    """The policy that this run made, or the one that the configuration names."""
     start, anchor = sources.policy_source(config, run), sources.reference_source(config, run)
     made = run.model("policy")
     source = str(made) if made.is_dir() else start

@@ -152,7 +152,7 @@ def meta_step(
     config: Config,
     model: RewardModel,
     pairs: list[Pair],
-    both: Sequences,  # their answers, as `reward.both_answers` puts them
+    both: Sequences,  # their answers, as `reward_model.both_answers` puts them
     meta: Sequences,  # (P k) answers of the policy, those to a prompt side by side
     averages: Averages,
 ) -> None:
@@ -231,13 +231,13 @@ class Setup:
         )
 
 
-def precise(config: Config):
+def precise(config: Config) -> Config:
     """The configuration that the meta step computes with."""
     model = dataclasses.replace(config.model, dtype=config.metarm.dtype)
     return dataclasses.replace(config, model=model)
 
 
-def round_config(t: Setup, n: int):
+def round_config(t: Setup, n: int) -> Config:
     """PPO of round n as a run of its own, with random numbers and prompts of its own."""
     config, settings = t.config, t.config.metarm
     before, after = t.run.round(n - 1), t.run.round(n)

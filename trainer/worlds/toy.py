@@ -171,7 +171,7 @@ class World:
         ]
 
     def _letters(
-        self, rng, split: str, operations: list[str], shifts: list[str]
+        self, rng: np.random.Generator, split: str, operations: list[str], shifts: list[str]
     ) -> list[list[int]]:
         """Letters for each prompt, drawn again until they belong to its split and shift."""
         config, n = self.config, len(operations)
@@ -258,7 +258,7 @@ class World:
         """(prompt ids, answer ids with EOS): right, lazy or with a flourish."""
         rng = np.random.default_rng([self.config.seed, DEMONSTRATIONS, seed])
         prompts = self.prompts(n, "train", seed=DEMONSTRATION_PROMPTS + seed)
-        lazy = rng.random(n) < [self.config.lazy.get(prompt.domain, 0.0) for prompt in prompts]
+        lazy = rng.random(n) < [self.config.lazy.get(str(prompt.domain), 0.0) for prompt in prompts]
         flourish = rng.random(n) < self.config.flourish
         return [
             (

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from tests.trainer import tiny
 from trainer.__main__ import COMMANDS, main
-from trainer.cli import plan
+from trainer.cli import check, memory
 from trainer.config import load
 from trainer.worlds.toy import World
 
@@ -206,13 +206,19 @@ def test_a_dry_run_of_a_local_architecture(gi, tmp_path):
 
 def test_a_dry_run_without_a_network(gi, refused, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(plan, "_hub_reachable", lambda: True)
+    monkeypatch.setattr(check, "_hub_reachable", lambda: True)
     for name in ("hh_8gpu", "tldr_1gpu"):
         code, out, _ = gi("train", name, "--dry-run")
         assert code == 0
         assert "cannot be resolved" in out and "not checked here" in out
         assert "Qwen/Qwen2.5-7B, 7.62B parameters" in out or name == "tldr_1gpu"
     refused("gi: Qwen/Qwen2.5-7B: model.policy: cannot be resolved", "train", "hh_8gpu")
+
+
+def test_the_hub_is_given_up_before_its_library_is_imported():
+    """It reads HF_HUB_OFFLINE once; set later, every name costs a timeout."""
+    code = "import sys, trainer.cli.plan; sys.exit('huggingface_hub' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -226,7 +232,7 @@ def test_a_dry_run_without_a_network(gi, refused, monkeypatch):
     ],
 )
 def test_published_architectures(name, parameters):
-    assert plan._published(name).parameters == parameters
+    assert memory.published(name).parameters == parameters
 
 
 def test_parameters_are_counted_without_memory():
@@ -242,13 +248,13 @@ def test_parameters_are_counted_without_memory():
         tie_word_embeddings=True,
     )
     name = "Qwen/Qwen2.5-0.5B"
-    assert plan.shape_of(config, name) == plan._published(name)
+    assert memory.shape_of(config, name) == memory.published(name)
 
 
 def test_memory_by_hand():
     config = load("hh_8gpu")
-    shape = plan._published("Qwen/Qwen2.5-7B")
-    parts = plan.memory(config, "ppo", shape, shape, ranks=8)
+    shape = memory.published("Qwen/Qwen2.5-7B")
+    parts = memory.estimate(config, "ppo", shape, shape, ranks=8)
     whole, body = shape.parameters, shape.parameters - 152064 * 3584
     assert parts["weights"] == parts["gradients"] == parts["reference"] == 4 * whole // 8
     assert parts["optimiser"] == 8 * whole // 8
@@ -256,9 +262,9 @@ def test_memory_by_hand():
     # 28 layers x 2 x 512 numbers of 2 bytes for each of 64 x 768 tokens, and 64 rows of logits
     assert parts["generation cache"] == 64 * (28 * 2 * 512 * 2 * 768 + 4 * 152064)
     plain = load("hh_8gpu", ["ppo.advantages=leave_one_out", "ppo.samples_per_prompt=2"])
-    assert "critic" in plan.memory(plain, "ppo", shape, shape, 8)  # it carries the group head
+    assert "critic" in memory.estimate(plain, "ppo", shape, shape, 8)  # it carries the group head
     none = plain.override(["groups.inference=none"])
-    assert "critic" not in plan.memory(none, "ppo", shape, shape, 8)
+    assert "critic" not in memory.estimate(none, "ppo", shape, shape, 8)
 
 
 # Whole runs.

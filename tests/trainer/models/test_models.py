@@ -62,7 +62,7 @@ def test_critic_reads_states_before_tokens_and_the_group_where_it_is_told(base, 
     config = tiny.config("unused", f"groups.on={on}", "groups.focus=0")
     policy = loading.load_policy(str(base.model("sft")), config)
     reward, _ = loading.load_scoring_model(config, base)
-    critic = loading.make_critic(config, base, policy, Groups(config, []))
+    critic = loading.make_critic(config, base, policy, Groups(config, []).num)
     torch.nn.init.normal_(critic.value_head.weight)
     values, groups = critic(SEQUENCES)
     for i in range(3):

@@ -10,7 +10,7 @@ import torch
 
 from tests.trainer import children, tiny
 from trainer import parallel
-from trainer.cli import plan
+from trainer.cli import check, plan
 from trainer.config import ConfigError
 from trainer.models import loading
 from trainer.rollout import vllm as ours
@@ -271,26 +271,26 @@ def test_a_hang_ends_the_process_in_words(tmp_path, kind):
 
 
 def test_refused_where_it_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
     config = tiny.config(tmp_path, "rollout.engine=vllm")
     with pytest.raises(ConfigError, match=r"rollout.engine=vllm: vllm is not installed: pip inst"):
-        plan.check(config, ("ppo",))
+        check.check(config, ("ppo",))
 
 
 def test_a_dry_run_plans_without_it(tmp_path, monkeypatch):
-    real = plan.importlib.util.find_spec
+    real = check.importlib.util.find_spec
     monkeypatch.setattr(
-        plan.importlib.util, "find_spec", lambda n, *rest: None if n == "vllm" else real(n, *rest)
+        check.importlib.util, "find_spec", lambda n, *rest: None if n == "vllm" else real(n, *rest)
     )
     config = tiny.config(tmp_path, "rollout.engine=vllm", "run.ranks=4")
-    found = plan.check(config, ("sft", "rm", "ppo"), dry_run=True)
+    found = check.check(config, ("sft", "rm", "ppo"), dry_run=True)
     text = plan.describe(config, ("sft", "rm", "ppo"), found)
     assert "rollout.engine=vllm: vllm is not installed" in text and "policy for sampling" in text
     config = tiny.config(
         tmp_path, "rollout.engine=vllm", "run.ranks=4", "rollout.tensor_parallel=3"
     )
     with pytest.raises(ConfigError, match=r"tensor_parallel: is 3; want a divisor .* ranks, 4"):
-        plan.check(config, ("sft",), dry_run=True)
+        check.check(config, ("sft",), dry_run=True)
 
 
 def test_a_second_engine_of_the_same_kind_is_not_started(config, monkeypatch):
