@@ -470,7 +470,7 @@ def linear_policy_loss(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     ref_logprobs: Tensor | None = None,  # (N)
-    kl_coef: float = 0.0,
+    kl_coef: float | Tensor = 0.0,  # a number, or (N)
     kl_estimator: str = "k3",
     entropy_coef: float = 0.0,
     temperature: float | Tensor = 1.0,
@@ -502,9 +502,10 @@ def linear_policy_loss(
     metrics = {"policy": loss.detach(), **metrics, "entropy": entropy.detach()}
     if ref_logprobs is not None:
         d = stats.logprobs - masked(ref_logprobs.detach(), mask).to(stats.logprobs.dtype)
-        kl = token_sum(kl_estimate(d, kl_estimator), mask, denom)
-        metrics["kl"] = kl.detach()
-        loss = loss + kl_coef * kl
+        kl = kl_estimate(d, kl_estimator)
+        metrics["kl"] = token_sum(kl, mask, denom).detach()
+        coef = masked(kl_coef.detach(), mask) if isinstance(kl_coef, Tensor) else kl_coef
+        loss = loss + token_sum(coef * kl, mask, denom)
     return LossOut(loss - entropy_coef * entropy, metrics)
 
 

@@ -161,6 +161,7 @@ def _op(
     dual_clip: float | None,
     ref_logprobs: Tensor | None,  # (N)
     kl_coef: float,
+    kl_coefs: Tensor | None,  # (N), then `kl_coef` is 1
     kl_estimator: str,
     entropy_coef: float,
     temperature: float,
@@ -192,6 +193,7 @@ def _op(
         pick(old_logprobs).to(dtype),
         pick(advantages).to(dtype),
         None if ref_logprobs is None else pick(ref_logprobs).to(dtype),
+        None if kl_coefs is None else pick(kl_coefs).to(dtype),
     )
     if hidden.device.type == "cpu":
         check_values(tokens.targets, temperature_n, len(weight))
@@ -239,17 +241,18 @@ def _total(
     loss = loss - recipe.entropy_coef * mean_entropy
     if tokens.ref_logprobs is not None:
         d = logprobs - tokens.ref_logprobs
-        kl = reference.kl_estimate(d, recipe.kl_estimator).sum() / denom
-        values.append(kl)
-        loss = loss + recipe.kl_coef * kl
+        kl = reference.kl_estimate(d, recipe.kl_estimator)
+        values.append(kl.sum() / denom)
+        cost = kl if tokens.kl_coefs is None else kl * tokens.kl_coefs
+        loss = loss + recipe.kl_coef * (cost.sum() / denom)
     return loss, torch.stack(values)
 
 
 @_op.register_fake
 def _(
     hidden, weight, targets, old_logprobs, advantages, mask, denom, clip_low, clip_high, dual_clip,
-    ref_logprobs, kl_coef, kl_estimator, entropy_coef, temperature, temperatures, bias, softcap,
-    logit_scale, backend, wanted,
+    ref_logprobs, kl_coef, kl_coefs, kl_estimator, entropy_coef, temperature, temperatures, bias,
+    softcap, logit_scale, backend, wanted,
 ):  # fmt: skip
     dtype = stat_dtype(hidden, weight)
     count = len(METRICS) - (ref_logprobs is None)
@@ -279,7 +282,7 @@ def _backward(ctx, g_loss, *_):
         number if tensor is None else tensor
         for tensor, number in zip(ctx.saved_tensors, ctx.numbers)
     ]
-    hidden, weight, bias, denom, wanted = (*inputs[:2], inputs[16], inputs[6], inputs[-1])
+    hidden, weight, bias, denom, wanted = (*inputs[:2], inputs[17], inputs[6], inputs[-1])
     if g_loss is None:
         return (None,) * len(inputs)
     gradients, ctx.gradients = ctx.gradients, None
@@ -288,7 +291,7 @@ def _backward(ctx, g_loss, *_):
         gradients, in_place = _op(*inputs)[2:], True
     factor = g_loss / denom if hidden.dtype == torch.float16 else g_loss
     out: list[Tensor | None] = [None] * len(inputs)
-    for i, x, gradient, yes in zip((0, 1, 16), (hidden, weight, bias), gradients, wanted):
+    for i, x, gradient, yes in zip((0, 1, 17), (hidden, weight, bias), gradients, wanted):
         if yes:
             out[i] = _scaled(gradient, factor, x.dtype, in_place)
     return tuple(out)
@@ -323,7 +326,7 @@ def linear_policy_loss(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     ref_logprobs: Tensor | None = None,  # (N), no gradient
-    kl_coef: float = 0.0,
+    kl_coef: float | Tensor = 0.0,  # a number, or (N), no gradient
     kl_estimator: str = "k3",
     entropy_coef: float = 0.0,
     temperature: float | Tensor = 1.0,  # a number, or (N); no gradient
@@ -358,6 +361,12 @@ def linear_policy_loss(
     checks.number("clip_high", clip_high, at_least=0)
     if dual_clip is not None:
         checks.number("dual_clip", dual_clip, above=1)
+    kl_coefs = None
+    if isinstance(kl_coef, Tensor):
+        kl_coefs = checks.floats("kl_coef", kl_coef)
+        checks.shape("kl_coef", kl_coefs, targets.shape, "one for each row")
+        checks.same_device(hidden=hidden, kl_coef=kl_coefs)
+        kl_coefs, kl_coef = kl_coefs.detach(), 1.0
     if checks.number("kl_coef", kl_coef) and ref_logprobs is None:
         raise checks.wrong("ref_logprobs", None, "a tensor (N), as kl_coef is not 0")
     checks.number("entropy_coef", entropy_coef)
@@ -385,6 +394,7 @@ def linear_policy_loss(
         None if dual_clip is None else float(dual_clip),
         None if ref_logprobs is None else ref_logprobs.detach(),
         float(kl_coef),
+        kl_coefs,
         kl_estimator,
         float(entropy_coef),
         temperature,

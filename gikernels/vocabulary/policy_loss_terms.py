@@ -18,6 +18,7 @@ class Tokens(NamedTuple):
     old_logprobs: Tensor
     advantages: Tensor
     ref_logprobs: Tensor | None
+    kl_coefs: Tensor | None  # beside the recipe's kl_coef, which is 1 then
 
     def rows(self, rows: slice | Tensor) -> Tokens:
         return Tokens._make(None if x is None else x[rows] for x in self)
@@ -42,7 +43,8 @@ class Recipe(NamedTuple):
             return slope
         d = logprobs - tokens.ref_logprobs
         by_d = {"k1": torch.ones_like, "k2": lambda d: d, "k3": lambda d: -torch.expm1(-d)}
-        return slope + self.kl_coef * by_d[self.kl_estimator](d)
+        by_row = 1 if tokens.kl_coefs is None else tokens.kl_coefs
+        return slope + self.kl_coef * by_row * by_d[self.kl_estimator](d)
 
 
 def active_rows(slope: Tensor, recipe: Recipe) -> Tensor:

@@ -17,11 +17,12 @@ def minibatches(
     """A random split of 0..count-1 into `parts` nearly equal parts.
 
     `samples` neighbours, the answers to one prompt, stay together: they share its computation.
+    On the CPU, as all indices are.
     """
     prompts = torch.randperm(count // samples, generator=generator)
     rows = prompts.unsqueeze(1) * samples + torch.arange(samples)
     for part in rows.tensor_split(parts):
-        yield part.flatten().to(parallel.device())
+        yield part.flatten()
 
 
 @lru_cache(maxsize=4)

@@ -1,138 +1,178 @@
-"""Sequences padded on the right, and how a batch is cut into pieces that fit into memory.
+"""Sequences in one row of tokens, without padding, and how they are cut to fit into memory.
 
-With causal attention a pad token on the right is never seen by a real one, so no attention mask is
-needed. S sequences, L padded tokens, T padded answer tokens.
+Lengths and tokens live on the CPU, where they come from: whatever is an index is made there, and
+a device is never asked how long something is. What models say of answers is flat: one number for
+each answer token, sequence after sequence, (n) in all. S sequences, N tokens.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trainer import parallel
 
-ENOUGH_FOR_A_CPU = 768
+ENOUGH_FOR_A_CPU = 1024
 """Tokens. Measured on the toy model, answers of 1 to 12 tokens, milliseconds a forward / forward
 and backward of 128 sequences: 52 / 147 in one batch, 38 / 117 like this, 40 / 113 at 256."""
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Prompts followed by their answers."""
+    """Prompts followed by their answers, one sequence after another."""
 
-    tokens: Tensor  # (S, L) int64, padded on the right
+    tokens: Tensor  # (N) int64; like the others on the CPU
     prompt_lengths: Tensor  # (S)
     lengths: Tensor  # (S) of prompt and answer together
-    shared: bool = False  # several answers to a prompt: models compute a shared prompt once
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def answer_lengths(self) -> Tensor:  # (S)
-        return self.lengths - self.prompt_lengths
-
-    @property
-    def mask(self) -> Tensor:
-        """(S, T) bool: True at an answer's tokens, which start at column 0."""
-        lengths = self.answer_lengths
-        steps = torch.arange(int(lengths.max()), device=lengths.device)
-        return steps < lengths.unsqueeze(1)
-
-    def rows(self, index: Tensor) -> Sequences:
-        """Some of the sequences, without columns that none of them needs."""
-        lengths = self.lengths[index]
-        width = int(lengths.max())
-        return Sequences(
-            self.tokens[index, :width], self.prompt_lengths[index], lengths, self.shared
-        )
-
-    def micro_batches(self, budget: int) -> list[Tensor]:
-        """Indices in batches of at most `budget` padded tokens; a prompt's answers together."""
-        if not self.shared:
-            return micro_batches(self.lengths, budget)
-        prompts, _ = self.prompts_on_the_right()
-        same = torch.unique(prompts, dim=0, return_inverse=True)[1]
-        lengths, rows = self.lengths.tolist(), same.argsort(stable=True).tolist()
-        batches: list[list[int]] = [[]]
-        longest = 0
-        for row in rows:
-            longest = max(longest, lengths[row])
-            if batches[-1] and (len(batches[-1]) + 1) * longest > budget:
-                batches.append([])
-                longest = lengths[row]
-            batches[-1].append(row)
-        return [torch.tensor(batch, device=same.device) for batch in batches]
-
-    def pieces(self, budget: int) -> list[Piece]:
-        """This rank's micro-batches; see `pieces`."""
-        if parallel.world_size() == 1:
-            return [Piece(rows, 1) for rows in self.micro_batches(budget)]
-        return pieces(self.lengths, budget)
-
-    def prompts_on_the_right(self) -> tuple[Tensor, Tensor]:
-        """(S, P) prompts padded on the left with -1, and where the padding is."""
-        longest = int(self.prompt_lengths.max())
-        places = torch.arange(longest, device=self.tokens.device)
-        places = places - (longest - self.prompt_lengths).unsqueeze(1)
-        padding = places < 0
-        return self.tokens.gather(1, places.clamp(min=0)).masked_fill(padding, -1), padding
-
-    def answers(self) -> list[list[int]]:
-        return [
-            row[start:end]
-            for row, start, end in zip(
-                self.tokens.tolist(), self.prompt_lengths.tolist(), self.lengths.tolist()
-            )
-        ]
+    prompt_of: Tensor | None = None  # (S): equal numbers, equal prompts; None: nothing to share
 
     @staticmethod
     def of(
-        prompts: list[list[int]], answers: list[list[int]], pad: int, shared: bool = False
+        prompts: Sequence[list[int]], answers: Sequence[list[int]], shared: bool = False
     ) -> Sequences:
+        """`shared`: several answers to a prompt, which models then compute once."""
         rows = [p + a for p, a in zip(prompts, answers)]
-        width = max(map(len, rows))
+        names = {key: i for i, key in enumerate(dict.fromkeys(map(tuple, prompts)))}
         return Sequences(
-            torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
-            torch.tensor([len(p) for p in prompts]),
-            torch.tensor([len(row) for row in rows]),
-            shared,
-        ).to(parallel.device())
-
-    def to(self, device: torch.device) -> Sequences:
-        return Sequences(
-            self.tokens.to(device),
-            self.prompt_lengths.to(device),
-            self.lengths.to(device),
-            self.shared,
+            torch.tensor([token for row in rows for token in row], dtype=torch.long),
+            torch.tensor([len(p) for p in prompts], dtype=torch.long),
+            torch.tensor([len(row) for row in rows], dtype=torch.long),
+            torch.tensor([names[tuple(p)] for p in prompts]) if shared else None,
         )
 
+    def __len__(self) -> int:
+        return len(self.lengths)
 
-def micro_batches(lengths: Tensor, budget: int) -> list[Tensor]:
-    """Indices cut into batches of at most `budget` padded tokens, longest sequences first.
+    @cached_property
+    def starts(self) -> Tensor:  # (S + 1)
+        return F.pad(self.lengths.cumsum(0), (1, 0))
 
-    Sorted by length, so that padding is little and a budget that is too large fails at the start.
-    A sequence longer than the budget goes alone. A CPU computes small batches as fast as large
-    ones, so there a batch of ENOUGH_FOR_A_CPU tokens ends where padding would come to a tenth.
+    @cached_property
+    def answer_lengths(self) -> Tensor:  # (S)
+        return self.lengths - self.prompt_lengths
+
+    @cached_property
+    def answer_starts(self) -> Tensor:  # (S + 1): where each answer begins among the flat ones
+        return F.pad(self.answer_lengths.cumsum(0), (1, 0))
+
+    @property
+    def count(self) -> int:
+        """n: answer tokens."""
+        return int(self.answer_starts[-1])
+
+    @cached_property
+    def answer_places(self) -> Tensor:  # (n) of the answers' tokens in `tokens`
+        return ranges(self.starts[:-1] + self.prompt_lengths, self.answer_lengths)
+
+    @cached_property
+    def cu_answers(self) -> Tensor:  # (S + 1) int32, on the device
+        return on_device(self.answer_starts.int())
+
+    @cached_property
+    def sequence_of(self) -> Tensor:  # (n) on the device: whose token it is
+        return on_device(torch.arange(len(self)).repeat_interleave(self.answer_lengths))
+
+    @cached_property
+    def answer_tokens(self) -> Tensor:  # (n) on the device
+        return on_device(self.tokens[self.answer_places])
+
+    def answers(self) -> list[list[int]]:
+        flat = self.tokens[self.answer_places].tolist()
+        bounds = self.answer_starts.tolist()
+        return [flat[a:b] for a, b in itertools.pairwise(bounds)]
+
+    def prompts(self) -> list[list[int]]:
+        flat = self.tokens.tolist()
+        starts, lengths = self.starts.tolist(), self.prompt_lengths.tolist()
+        return [flat[a : a + n] for a, n in zip(starts, lengths)]
+
+    def rows(self, index: Tensor) -> Sequences:
+        """Some of the sequences, in this order."""
+        lengths = self.lengths[index]
+        return Sequences(
+            self.tokens[ranges(self.starts[index], lengths)],
+            self.prompt_lengths[index],
+            lengths,
+            None if self.prompt_of is None else self.prompt_of[index],
+        )
+
+    def flat(self, index: Tensor) -> Tensor:
+        """Where the answer tokens of some sequences stand among all flat ones; on the device."""
+        return on_device(ranges(self.answer_starts[index], self.answer_lengths[index]))
+
+    def sums(self, flat: Tensor) -> Tensor:
+        """(n) -> (S): over each answer."""
+        return torch.segment_reduce(flat, "sum", offsets=self.cu_answers.long(), initial=0)
+
+    def padded(self, flat: Tensor) -> Tensor:
+        """(n) -> (S, T), zeros behind each answer: for a person or a test to look at."""
+        steps = torch.arange(int(self.answer_lengths.max())) < self.answer_lengths.unsqueeze(1)
+        inside = on_device(steps)
+        return flat.new_zeros(inside.shape).masked_scatter(inside, flat)
+
+    @cached_property
+    def units(self) -> list[list[int]]:
+        """Rows that are computed together: the answers to one prompt."""
+        if self.prompt_of is None:
+            return [[i] for i in range(len(self))]
+        together: dict[int, list[int]] = {}
+        for i, prompt in enumerate(self.prompt_of.tolist()):
+            together.setdefault(prompt, []).append(i)
+        return list(together.values())
+
+    def pieces(self, budget: int) -> list[Piece]:
+        """This rank's micro-batches of at most `budget` tokens; see `pieces`."""
+        lengths, asked = self.lengths.tolist(), self.prompt_lengths.tolist()
+        if self.prompt_of is None:
+            costs = lengths
+        else:
+            costs = [
+                asked[rows[0]] + sum(lengths[i] - asked[i] for i in rows) for rows in self.units
+            ]
+        return [
+            Piece(torch.tensor([i for unit in piece.rows.tolist() for i in self.units[unit]]), w)
+            for piece, w in ((piece, piece.weight) for piece in pieces(costs, budget))
+        ]
+
+
+def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """start_0, start_0 + 1, ... for length_0 numbers, then start_1 ...; on the CPU."""
+    ends = lengths.cumsum(0)
+    shift = starts - ends + lengths
+    return torch.arange(int(ends[-1]) if len(ends) else 0) + shift.repeat_interleave(lengths)
+
+
+def on_device(x: Tensor) -> Tensor:
+    """From the CPU, without waiting for anything."""
+    return x.to(parallel.device(), non_blocking=True)
+
+
+def micro_batches(costs: Sequence[int], budget: int) -> list[Tensor]:
+    """Places cut into batches whose costs come to at most `budget`, the largest first.
+
+    Sorted, so that like lengths meet and a budget that is too large fails at the start. What costs
+    more than the budget goes alone. A CPU computes small batches as fast as large ones, so there
+    ENOUGH_FOR_A_CPU tokens make a batch.
     """
-    order = lengths.argsort(descending=True, stable=True)
-    sizes = lengths[order].tolist()
-    enough = ENOUGH_FOR_A_CPU if lengths.device.type == "cpu" else budget
-    batches, start = [], 0
-    while start < len(sizes):
-        longest, end = sizes[start], start + 1
-        while end < len(sizes) and (end + 1 - start) * longest <= budget:
-            if (end - start) * longest >= enough and sizes[end] < 0.9 * longest:
-                break
-            end += 1
-        batches.append(order[start:end])
-        start = end
-    return batches
+    if parallel.device().type == "cpu":
+        budget = min(budget, ENOUGH_FOR_A_CPU)
+    batches: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        if costs[i] > room or not batches:
+            batches.append([])
+            room = budget
+        batches[-1].append(i)
+        room -= costs[i]
+    return [torch.tensor(batch) for batch in batches]
 
 
 class Piece(NamedTuple):
@@ -140,53 +180,58 @@ class Piece(NamedTuple):
     weight: int  # 1; or 0 for what only keeps the other ranks company
 
 
-def pieces(lengths: Tensor, budget: int) -> list[Piece]:
+def pieces(costs: Sequence[int], budget: int) -> list[Piece]:
     """This rank's micro-batches. Every rank has equally many, for each forward and backward of a
     sharded model is a collective: a rank that runs out computes on a sequence of another's with
     weight 0."""
     ranks = parallel.world_size()
     if ranks == 1:
-        return [Piece(rows, 1) for rows in micro_batches(lengths, budget)]
+        return [Piece(rows, 1) for rows in micro_batches(costs, budget)]
     cut = []
-    for part in shares(lengths.tolist(), ranks):
-        rows = torch.tensor(part, dtype=torch.long, device=lengths.device)
-        cut.append([rows[some] for some in micro_batches(lengths[rows], budget)])
+    for rows in shares(costs, ranks):
+        here = torch.tensor(rows, dtype=torch.long)
+        cut.append([here[some] for some in micro_batches([costs[i] for i in rows], budget)])
     most, mine = max(map(len, cut)), cut[parallel.rank()]
-    company = Piece(lengths.argmin().view(1), 0)
+    company = Piece(torch.tensor([min(range(len(costs)), key=costs.__getitem__)]), 0)
     return [Piece(rows, 1) for rows in mine] + [company] * (most - len(mine))
 
 
-def shares(lengths: list[int], ranks: int) -> list[list[int]]:
-    """Indices for each rank, with about as many tokens: the longest first, to whom has fewest."""
+def shares(costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """Places for each rank, at about the same cost: the largest first, to whom has least."""
     out: list[list[int]] = [[] for _ in range(ranks)]
     load = [(0, rank) for rank in range(ranks)]
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        tokens, rank = heapq.heappop(load)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        cost, rank = heapq.heappop(load)
         out[rank].append(i)
-        heapq.heappush(load, (tokens + lengths[i], rank))
+        heapq.heappush(load, (cost + costs[i], rank))
     return out
 
 
 def forward_all(
-    module: Callable[[Sequences], tuple[Tensor, ...]], sequences: Sequences, budget: int
+    module: Callable[[Sequences], tuple[Tensor, ...]],
+    sequences: Sequences,
+    budget: int,
+    by_token: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """module(sequences) without gradients, in micro-batches over all ranks, put together again.
 
-    The module returns tensors (s, T) over answer tokens, or (s) or (s, M); T may be shorter for
-    some micro-batches, and what they leave out is padding.
+    `by_token` says of each output whether it is flat over answer tokens, (n), or has a row for each
+    sequence, (s, ...).
     """
     with torch.no_grad():
         parts = [(piece, module(sequences.rows(piece.rows))) for piece in sequences.pieces(budget)]
-        columns = list(zip(*(outputs for _, outputs in parts)))
-        widths = [max(x.shape[1] if x.dim() > 1 else 0 for x in column) for column in columns]
-        outputs = []
-        for column, width in zip(columns, parallel.all_max(widths)):
-            shape = (len(sequences), width) if column[0].dim() > 1 else (len(sequences),)
-            out = column[0].new_zeros(shape)
-            for (piece, _), x in zip(parts, column):
-                if piece.weight and x.dim() > 1:
-                    out[piece.rows, : x.shape[1]] = x
-                elif piece.weight:
-                    out[piece.rows] = x
-            outputs.append(parallel.all_sum(out))
-    return tuple(outputs)
+        return tuple(
+            gathered(sequences, [(piece, outputs[i]) for piece, outputs in parts], flat)
+            for i, flat in enumerate(by_token)
+        )
+
+
+def gathered(sequences: Sequences, parts: list[tuple[Piece, Tensor]], by_token: bool) -> Tensor:
+    """One output of all micro-batches and ranks, in the sequences' order."""
+    first = parts[0][1]
+    shape = (sequences.count,) if by_token else (len(sequences), *first.shape[1:])
+    out = first.new_zeros(shape)
+    for piece, x in parts:
+        if piece.weight:
+            out[sequences.flat(piece.rows) if by_token else on_device(piece.rows)] = x
+    return parallel.all_sum(out)

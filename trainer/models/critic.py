@@ -1,13 +1,11 @@
-"""The critic: values, and the small head that predicts an answer's group."""
+"""Values, and the small head that predicts an answer's group. n answer tokens, s sequences."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from trainer.batch.sequences import Sequences
-from trainer.models.packing import last_hidden
-from trainer.models.states import answer_states, at, before_answer, unflatten
+from trainer.models.packing import run
 
 
 class Critic(nn.Module):
@@ -17,7 +15,7 @@ class Critic(nn.Module):
     the task) or at the last answer token (the paper; it judges the answer too).
     """
 
-    def __init__(self, body: PreTrainedModel, hidden_size: int, num_groups: int, on: str) -> None:
+    def __init__(self, body: nn.Module, hidden_size: int, num_groups: int, on: str) -> None:
         super().__init__()
         self.body = body
         self.value_head = nn.Linear(hidden_size, 1)
@@ -28,14 +26,13 @@ class Critic(nn.Module):
         nn.init.normal_(self.group_head.weight, std=0.02)
         nn.init.zeros_(self.group_head.bias)
 
-    def forward(self, sequences: Sequences) -> tuple[Tensor, Tensor]:  # (s, T), (s, M)
-        if self.on == "prompt":
-            states = answer_states(self.body, sequences)
-            lengths = sequences.answer_lengths
-            judged = states[lengths.cumsum(0) - lengths]  # in front of each answer's first token
-        else:
-            hidden = last_hidden(self.body, sequences.tokens, sequences.lengths)
-            states = hidden[:, :-1][before_answer(sequences)]
-            judged = at(hidden, sequences.lengths - 1)
-        values = self.value_head(states)[:, 0].float()
-        return unflatten(values, sequences.mask), self.group_head(judged).float()
+    @property
+    def heads(self) -> list[nn.Module]:
+        """What is computed in float32, whatever the body is computed in."""
+        return [self.value_head, self.group_head]
+
+    def forward(self, sequences: Sequences) -> tuple[Tensor, Tensor]:  # (n), (s, M)
+        hidden, layout = run(self.body, sequences, last=self.on == "response")
+        judged = hidden[layout.prompt_ends if self.on == "prompt" else layout.ends]
+        values = self.value_head(hidden[layout.before_answer].float())[:, 0]
+        return values, self.group_head(judged.float())

@@ -44,7 +44,7 @@ def gather(policy: Policy, dtype: torch.dtype, into: Policy | None) -> Policy:
         model.to_empty(device=parallel.device())
         model.tie_weights()
         model.generation_config = policy.model.generation_config
-        into = frozen(Policy(model))
+        into = Policy(model).requires_grad_(False).eval()
     for ours, theirs in ((into.parameters, policy.parameters), (into.buffers, policy.buffers)):
         for mine, sharded in zip(ours(), theirs(), strict=True):
             mine.data.copy_(parallel.whole(sharded.detach()))
@@ -60,9 +60,11 @@ def load_tokenizer(source: str, config: Config) -> PreTrainedTokenizerBase:
         )
 
 
-def load_policy(source: str, config: Config, offload: bool = False) -> Policy:
+def load_policy(
+    source: str, config: Config, trained: bool = False, offload: bool = False
+) -> Policy:
     """`offload`: weights wait in the CPU's memory and visit the GPU block by block."""
-    return prepare(_policy(source, config), config, offload)
+    return prepare(_policy(source, config), config, trained, offload)
 
 
 def _policy(source: str, config: Config) -> Policy:
@@ -76,10 +78,11 @@ def load_reward_model(
     config: Config,
     head: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    trained: bool = False,
 ) -> RewardModel:
     """A reward model; or, from a causal language model's folder, one with a new score layer, which
     takes its pad token from the tokenizer."""
-    return prepare(_reward_model(source, config, head, tokenizer), config)
+    return prepare(_reward_model(source, config, head, tokenizer), config, trained)
 
 
 def _reward_model(
@@ -106,7 +109,7 @@ def load_scoring_model(
     if config.reward.model_weight == 0:
         return None, None
     source = reward_source(config, run)
-    return frozen(load_reward_model(source, config)), load_tokenizer(source, config)
+    return load_reward_model(source, config), load_tokenizer(source, config)
 
 
 def make_critic(config: Config, run: RunFolder, policy: Policy, num_groups: int) -> Critic | None:
@@ -128,15 +131,11 @@ def make_critic(config: Config, run: RunFolder, policy: Policy, num_groups: int)
         body = _policy(source if named else policy_source(config, run), config).model.base_model
     torch.manual_seed(config.run.seed)  # the new heads' weights
     hidden_size = body.config.get_text_config().hidden_size
-    return prepare(Critic(body, hidden_size, num_groups, config.groups.on), config)
+    return prepare(Critic(body, hidden_size, num_groups, config.groups.on), config, trained=True)
 
 
-def frozen(module: M) -> M:
-    return module.requires_grad_(False).eval()
-
-
-def prepare(module: M, config: Config, offload: bool = False) -> M:
-    """The one place where a finished model meets the machine: device, and later its shards.
+def prepare(module: M, config: Config, trained: bool, offload: bool = False) -> M:
+    """The one place where a finished model meets the machine.
 
     Dropout is off: it would make the log-probabilities of training and sampling those of two
     different policies. Models come in eval mode; only an update switches to train mode, which
@@ -147,7 +146,7 @@ def prepare(module: M, config: Config, offload: bool = False) -> M:
             part.p = 0.0
         if isinstance(getattr(part, "attention_dropout", None), float):
             part.attention_dropout = 0.0  # type: ignore[assignment]  # not Tensor | Module
-    if packs(config):
+    if config.model.packing != "off":
         use_packed(next(part for part in module.modules() if isinstance(part, PreTrainedModel)))
     if config.model.gradient_checkpointing:
         for part in module.modules():
@@ -155,19 +154,15 @@ def prepare(module: M, config: Config, offload: bool = False) -> M:
                 enable = getattr(part, "activation_checkpointing_enable", None)  # its newer name
                 (enable or part.gradient_checkpointing_enable)()
                 break
+    if not trained:
+        parallel.in_compute_dtype(module.requires_grad_(False), config)
     return parallel.place(module, config, offload).eval()
 
 
-def packs(config: Config) -> bool:
-    """auto: on a GPU, where padding costs time; a CPU has small batches of like lengths anyway."""
-    wanted = {"on": True, "off": False}.get(config.model.packing)
-    return parallel.device().type == "cuda" if wanted is None else wanted
-
-
 def describe_attention(config: Config) -> str:
-    if not packs(config):
+    if config.model.packing == "off":
         return f"padded sequences, attention {config.model.attention}"
-    which = kernel(parallel.device().type, getattr(torch, config.model.dtype))
+    which = kernel(parallel.device().type, parallel.compute_dtype(config))
     return f"packed sequences, attention {which}"
 
 
@@ -193,7 +188,7 @@ def _load(
             return model
         return auto.from_pretrained(
             source,
-            dtype=torch.float32,  # the master copy; model.dtype is what autocast computes in
+            dtype=torch.float32,  # the masters
             **common,
             **options,
         )

@@ -1,12 +1,17 @@
-"""The policy and the frozen reference: token log-probabilities of answers, never logits.
+"""The policy and the frozen reference: a causal language model that is asked about its answers.
 
-It takes `Sequences` and works on answer tokens only: the state before answer token t is the hidden
-state of the token in front of it. s sequences, T padded answer tokens, D hidden, V vocabulary.
+    stats = policy(sequences, log_probabilities(temperature))            TokenStats, (n) each
+    loss = policy(sequences, lambda hidden, head, targets: ...)          or anything else
+
+What is asked is computed from the hidden states in front of answer tokens, inside forward(), where
+a sharded head is gathered. Logits are never in memory. n answer tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,59 +20,68 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import gikernels
 from gikernels import TokenStats
 from trainer.batch.sequences import Sequences
+from trainer.models.packing import run
 from trainer.models.saving import save_pretrained
-from trainer.models.states import answer_states, before_answer, unflatten
+
+
+class Head(NamedTuple):
+    """Logits are softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As the operations' keywords."""
+        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+
+
+Out = TypeVar("Out")
+Ask = Callable[[Tensor, Head, Tensor], Out]
+"""hidden (n, D), the head, targets (n) -> whatever is asked."""
+
+
+def log_probabilities(temperature: float = 1.0) -> Ask[TokenStats]:
+    return lambda hidden, head, targets: gikernels.linear_logprobs(
+        hidden, head.weight, targets, temperature, **head.options
+    )
 
 
 class Policy(nn.Module):
-    """A causal language model that returns statistics of its answer tokens, never logits.
-
-    The head's operation runs inside forward(), where a sharded head is gathered.
-    """
-
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
         config = model.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         # Cohere multiplies by logit_scale, Granite divides by logits_scaling.
-        self.logit_scale = getattr(config, "logit_scale", None) or 1 / (
+        self.logit_scale: float = getattr(config, "logit_scale", None) or 1 / (
             getattr(config, "logits_scaling", None) or 1.0
         )
 
-    def forward(
-        self, sequences: Sequences, temperature: float = 1.0, reference: Policy | None = None
-    ) -> TokenStats:
-        """(s, T) each; with a reference, `kl` is the exact KL over the vocabulary."""
-        ref = None
-        if reference is not None:
-            with torch.no_grad():
-                ref = (answer_states(reference.model.base_model, sequences), reference.head.weight)
-        stats = gikernels.linear_logprobs(
-            answer_states(self.model.base_model, sequences),
-            self.head.weight,
-            sequences.tokens[:, 1:][before_answer(sequences)],
-            temperature,
-            bias=self.head.bias,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            ref=ref,
-        )
-        mask = sequences.mask
-        return TokenStats(
-            logprobs=unflatten(stats.logprobs, mask),
-            entropy=unflatten(stats.entropy, mask),
-            kl=None if stats.kl is None else unflatten(stats.kl, mask),
-        )
+    def forward(self, sequences: Sequences, ask: Ask[Out]) -> Out:
+        hidden, layout = run(self.model.base_model, sequences)
+        return ask(hidden[layout.before_answer], self.linear_head, sequences.answer_tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) float32, before the temperature: for sampling one token."""
-        z = self.logit_scale * self.head(hidden).float()
+        weight, bias = self.head.weight, self.head.bias
+        if hidden.is_cuda and hidden.dtype != torch.float32:  # products of half precision, summed
+            z = torch.mm(hidden.flatten(0, -2), weight.t(), out_dtype=torch.float32)
+            z = z.view(*hidden.shape[:-1], len(weight))
+        else:
+            z = hidden.float() @ weight.float().t()
+        z = self.logit_scale * (z if bias is None else z + bias.float())
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     @property
     def head(self) -> nn.Linear:
         return self.model.get_output_embeddings()
 
-    def save(self, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        save_pretrained(self.model, path, tokenizer)
+    @property
+    def linear_head(self) -> Head:
+        return Head(self.head.weight, self.head.bias, self.softcap, self.logit_scale)
+
+    def save(self, path: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
+        save_pretrained(self.model, path, tokenizer, dtype)

@@ -1,4 +1,4 @@
-"""The reward model: one score an answer."""
+"""One score an answer. s sequences."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from trainer.batch.sequences import Sequences
+from trainer.batch.sequences import Sequences, on_device
 from trainer.config import ConfigError
-from trainer.models.packing import last_hidden
+from trainer.models.packing import Layout, run
 from trainer.models.saving import save_pretrained
-from trainer.models.states import at
 
 
 class RewardModel(nn.Module):
@@ -35,18 +37,23 @@ class RewardModel(nn.Module):
                 f"pooled: {type(model).__name__} has no score at each token; want last", "rm.head"
             )
 
-    def forward(self, sequences: Sequences) -> Tensor:  # (s)
-        tokens, lengths = sequences.tokens, sequences.lengths
-        if not hasattr(self.model, "score"):
-            seen = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(1)
-            return self.model(tokens, attention_mask=seen.long()).logits[:, 0].float()
-        hidden = last_hidden(self.model.base_model, tokens, lengths)
-        if self.head == "last":
-            return self.model.score(at(hidden, lengths - 1))[:, 0].float()
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        answer = (places >= sequences.prompt_lengths.unsqueeze(1)) & (places < lengths.unsqueeze(1))
-        scores = self.model.score(hidden)[..., 0].float().masked_fill(~answer, 0)
-        return scores.sum(1) / sequences.answer_lengths
+    @property
+    def heads(self) -> list[nn.Module]:
+        """What is computed in float32, whatever the body is computed in."""
+        return [self.model.score] if hasattr(self.model, "score") else []
 
-    def save(self, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        save_pretrained(self.model, path, tokenizer)
+    def forward(self, sequences: Sequences) -> Tensor:  # (s)
+        if not hasattr(self.model, "score"):
+            layout = Layout.of(sequences, last=True, sdpa=False, shared=False)
+            places = torch.arange(layout.grid.shape[1], device=layout.grid.device)
+            seen = places < on_device(sequences.lengths).unsqueeze(1)
+            tokens = layout.tokens[layout.grid]
+            return self.model(tokens, attention_mask=seen.long()).logits[:, 0].float()
+        hidden, layout = run(self.model.base_model, sequences, last=True)
+        if self.head == "last":
+            return self.model.score(hidden[layout.ends].float())[:, 0]
+        scores = self.model.score(hidden[layout.answer].float())[:, 0]
+        return sequences.sums(scores) / on_device(sequences.answer_lengths)
+
+    def save(self, path: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
+        save_pretrained(self.model, path, tokenizer, dtype, self.heads)

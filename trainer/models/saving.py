@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer import parallel
@@ -30,13 +32,19 @@ def quietly() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def save_pretrained(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_pretrained(
+    model: PreTrainedModel,
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    heads: Sequence[nn.Module] = (),  # these stay in float32
+) -> None:
     """In Hugging Face format; written aside and renamed, so that what is there is whole."""
-    state = {}
+    state, exact = {}, {id(p) for head in heads for p in head.parameters()}
     for name, p in model.named_parameters():  # tied ones once
         full = parallel.whole(p.detach())  # every rank has to ask
         if parallel.is_main():
-            state[name] = full.cpu()
+            state[name] = full.cpu() if id(p) in exact else full.to("cpu", dtype)
     if parallel.is_main():
         aside = path.with_name(f".{path.name}")
         shutil.rmtree(aside, ignore_errors=True)

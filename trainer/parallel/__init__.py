@@ -4,9 +4,17 @@ ranks    what the loop asks of the others: sums, shares, randomness that depends
 place    a model onto this rank's device, or its shards over several; precision
 """
 
-from trainer.parallel.place import autocast, blocks, place, unsharded
+from trainer.parallel.place import (
+    blocks,
+    compute_dtype,
+    heads,
+    in_compute_dtype,
+    place,
+    shards,
+    unsharded,
+)
 from trainer.parallel.ranks import (
-    all_max,
+    all_ranks,
     all_sum,
     all_true,
     any_true,
@@ -18,6 +26,7 @@ from trainer.parallel.ranks import (
     generator,
     init_group,
     is_main,
+    join_alone,
     local,
     mesh,
     peak_memory_bytes,
@@ -30,25 +39,29 @@ from trainer.parallel.ranks import (
 )
 
 __all__ = [
-    "all_max",
+    "all_ranks",
     "all_sum",
     "all_true",
     "any_true",
-    "autocast",
     "barrier",
     "blocks",
+    "compute_dtype",
     "cpu_group",
     "describe",
     "device",
     "gather_objects",
     "generator",
+    "heads",
+    "in_compute_dtype",
     "init_group",
     "is_main",
+    "join_alone",
     "local",
     "mesh",
     "peak_memory_bytes",
     "place",
     "rank",
+    "shards",
     "share",
     "start",
     "stop",

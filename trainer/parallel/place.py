@@ -18,43 +18,54 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.config import Config
-from trainer.parallel.ranks import device, is_main, mesh, world_size
+from trainer.parallel.ranks import device, is_main, join_alone, mesh, world_size
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def place(module: M, config: Config, offload: bool = False) -> M:
-    """A finished model onto this rank's device, or with several ranks its shards (FSDP2).
+def shards(config: Config) -> bool:
+    """Whether models are FSDP2's: always, but for float32 on one CPU, where the masters are what is
+    computed with and there is nobody to share them with."""
+    return world_size() > 1 or device().type == "cuda" or config.model.dtype != "float32"
 
-    The model of rank 0 counts: its weights and buffers go to the others, which may have built
-    theirs on the meta device. Buffers that no checkpoint holds, such as rotary frequencies, are
-    among them: `to_empty` would leave them uninitialised without a word.
+
+def place(module: M, config: Config, offload: bool = False) -> M:
+    """A finished model onto this rank's device, as its shard (FSDP2): one path for one rank and for
+    many.
+
+    What is trained has masters in float32 and is computed with in model.dtype; a frozen model comes
+    in that dtype. Small heads (`module.heads`) stay in float32. The model of rank 0 counts: its
+    weights and buffers go to the others, which may have built theirs on the meta device. Buffers
+    that no checkpoint holds, such as rotary frequencies, are among them: `to_empty` would leave
+    them uninitialised without a word. `offload`: shards wait in the CPU's memory.
     """
     if config.model.compile:
         for block in blocks(module):
             block.compile()
-    if world_size() == 1:
+    if not shards(config):
         return module.to(device())
-    half = torch.bfloat16 if config.model.dtype == "bfloat16" else None
-    precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    join_alone()
     home, rests = device(), OffloadPolicy()
     if offload:
         rests = CPUOffloadPolicy(pin_memory=home.type == "cuda")
         home = torch.device("cpu")
 
-    def shard(part: nn.Module) -> None:
+    def shard(part: nn.Module, dtype: torch.dtype | None) -> None:
         fully_shard(
             part,
             mesh=mesh(config.trainer.replicas),
             reshard_after_forward=True,
-            mp_policy=precision,
+            mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
             offload_policy=rests,
         )
 
     weights = {name: p.detach() for name, p in module.named_parameters()} if is_main() else {}
+    compute = compute_dtype(config)
     for block in blocks(module):
-        shard(block)
-    shard(module)
+        shard(block, compute)
+    for head in heads(module):
+        shard(head, torch.float32)
+    shard(module, compute)
     if any(x.is_meta for x in [*module.parameters(), *module.buffers()]):
         module.to_empty(device=home)
     for part in module.modules():
@@ -78,6 +89,25 @@ def place(module: M, config: Config, offload: bool = False) -> M:
     return module
 
 
+def compute_dtype(config: Config) -> torch.dtype:
+    return torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
+
+
+def heads(module: nn.Module) -> list[nn.Module]:
+    """What a model of ours computes in float32 whatever its body is computed in."""
+    found: list[nn.Module] = getattr(module, "heads", [])
+    return found
+
+
+def in_compute_dtype(module: M, config: Config) -> M:
+    """The floating-point weights of a model that is not trained, but for its heads."""
+    kept = {id(p) for head in heads(module) for p in head.parameters()}
+    for p in module.parameters():
+        if p.is_floating_point() and id(p) not in kept:
+            p.data = p.data.to(compute_dtype(config))
+    return module
+
+
 def blocks(module: nn.Module) -> list[nn.Module]:
     """The layers of its transformers, which transformers never splits between devices."""
     parts = list(module.modules())
@@ -92,12 +122,7 @@ def unsharded(module: nn.Module) -> Iterator[None]:
         yield
         return
     module.unshard()
-    yield
-    module.reshard()
-
-
-def autocast(dtype: str) -> contextlib.AbstractContextManager:
-    """Compute in bfloat16 where the config says so; parameters stay in float32."""
-    if dtype != "bfloat16":
-        return contextlib.nullcontext()
-    return torch.autocast(device().type, torch.bfloat16)
+    try:
+        yield
+    finally:
+        module.reshard()

@@ -60,6 +60,12 @@ def start() -> None:
         init_group(store, *who)
 
 
+def join_alone() -> None:
+    """A group of one, where torchrun did not start us: FSDP2 asks for a group."""
+    if not torch.distributed.is_initialized():
+        init_group(torch.distributed.HashStore(), 0, 1)
+
+
 def init_group(store: torch.distributed.Store, rank: int, ranks: int) -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks)
@@ -81,12 +87,13 @@ def all_sum(x: Tensor) -> Tensor:
     return total
 
 
-def all_max(x: list[int]) -> list[int]:
+def all_ranks(x: Tensor) -> Tensor:
+    """(ranks, ...): every rank's own."""
     if world_size() == 1:
-        return x
-    most = torch.tensor(x, device=device())
-    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    return most.tolist()
+        return x.unsqueeze(0)
+    out = x.new_empty(world_size(), *x.shape)
+    torch.distributed.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1))
+    return out
 
 
 def share(count: int) -> slice:

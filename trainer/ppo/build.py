@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from trainer import parallel
 from trainer.batch.sequences import Sequences, forward_all
 from trainer.batch.types import Prompt
 from trainer.config import Config
@@ -49,9 +48,9 @@ class Actors:
         groups: Groups,
         guard: Guard,
     ) -> Actors:
-        policy = loading.load_policy(sources.policy_source(config, run), config)
+        policy = loading.load_policy(sources.policy_source(config, run), config, trained=True)
         anchor, offload = sources.reference_source(config, run), config.model.offload_reference
-        reference = loading.frozen(loading.load_policy(anchor, config, offload))
+        reference = loading.load_policy(anchor, config, offload=offload)
         critic = loading.make_critic(config, run, policy, groups.num)
         policy_optimizer = Optimizer.of(
             config.ppo, [(config.ppo.lr, policy.parameters())], guard, "policy"
@@ -117,9 +116,8 @@ class Setup:
     def group_logits(self, sequences: Sequences) -> Tensor:
         """(S, M) of the critic's head as it is now, without gradients."""
         assert self.actors.critic is not None
-        with parallel.autocast(self.config.model.dtype):
-            budget = self.config.trainer.tokens_per_microbatch
-            return forward_all(self.actors.critic, sequences, budget)[1]
+        budget = self.config.trainer.tokens_per_microbatch
+        return forward_all(self.actors.critic, sequences, budget, (True, False))[1]
 
 
 def train_state(actors: Actors, signals: Signals, guard: Guard) -> TrainState:

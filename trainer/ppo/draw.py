@@ -56,7 +56,7 @@ def draw(t: Setup, step: int) -> list[int]:
     logits = None
     if t.signals.groups.has_head:  # it reads the prompt's last token; what follows does not matter
         end = t.tokenizer.eos_token_id
-        logits = t.group_logits(Sequences.of([p.ids for p in prompts], [[end]] * size, end))
+        logits = t.group_logits(Sequences.of([p.ids for p in prompts], [[end]] * size))
     weights = t.signals.groups.drawing_weights(logits, prompts)
     taken = torch.multinomial(
         weights.cpu(), ppo.prompts_per_step, generator=parallel.generator(seed, "draw", step)

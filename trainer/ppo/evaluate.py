@@ -20,7 +20,7 @@ from trainer.config import Config
 from trainer.data.sources import load_prompts
 from trainer.models.critic import Critic
 from trainer.models.policy import Policy
-from trainer.ppo.forward import forward_models
+from trainer.ppo.forward import answer_logprobs, view
 from trainer.ppo.groups import Groups
 from trainer.rewards.judge import make_judge
 from trainer.rewards.scorer import Scorer
@@ -95,10 +95,13 @@ class Evaluator:
             [p.ids for p in prompts], 1, parallel.generator(self.config.run.seed, name)
         )
         scores = self.scorer(prompts, rollout.sequences, rollout.truncated)["total"]
-        out = forward_models(self.config, policy, self.reference, critic, rollout.sequences)
+        sequences = rollout.sequences
+        ours = answer_logprobs(self.config, policy, sequences)
+        theirs = answer_logprobs(self.config, self.reference, sequences)
         bound = self.config.rollout.logprob_bound
-        check_logprobs(rollout, out.logprobs, bound, self.engine.synced)
-        return rollout, scores, (out.logprobs - out.ref_logprobs).sum(1), out.group_logits
+        check_logprobs(rollout, ours, bound, self.engine.synced)
+        logits = view(self.config, critic, sequences).group_logits
+        return rollout, scores, sequences.sums(ours - theirs), logits
 
     def _samples(
         self, rollout: Rollout, columns: dict[str, Tensor], group: Tensor | None

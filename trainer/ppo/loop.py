@@ -15,6 +15,7 @@ S sequences (prompts x samples), T padded answer tokens, M groups.
 
 from __future__ import annotations
 
+from trainer import parallel
 from trainer.config import Config
 from trainer.models import sources
 from trainer.models.critic import Critic
@@ -22,7 +23,7 @@ from trainer.ppo.build import Setup
 from trainer.ppo.draw import draw, sample
 from trainer.ppo.evaluate import by_label, few_of_each_domain
 from trainer.ppo.experience import Batch, assess, mean
-from trainer.ppo.forward import look
+from trainer.ppo.forward import view
 from trainer.ppo.groups import Groups
 from trainer.ppo.update import groups_now, train_critic, train_policy
 from trainer.runs.averages import Averages, Timer
@@ -53,15 +54,15 @@ def iteration(t: Setup, step: int) -> Metrics:
         answers = sample(t, chosen, step)
     with timer("score"):  # reward model and functions
         raw = signals.scorer(answers.prompts, answers.sequences, answers.rollout.truncated)
-    with timer("forward"):  # log-probabilities, values, the head's logits
-        seen = look(t.config, policy, actors.reference, actors.critic, answers.rollout, engine)
-    if not t.guard.allows("rollout", **{f"reward {k}": x for k, x in raw.items()}, **seen.finite):
+    with timer("view"):  # values, and the head's logits
+        seen = view(t.config, actors.critic, answers.sequences)
+    if not t.guard.allows("rollout", **{f"reward {k}": x for k, x in raw.items()}, **seen.named):
         return {"objective/scores": mean(raw["total"])} | timer.metrics(answers.tokens)
 
-    with timer("experience"):  # s; p and their order; eta_i; penalised rewards, advantages
+    with timer("experience"):  # s; p and their order; eta_i; one pass to penalties and advantages
         batch = assess(t, answers, raw, seen, step)
     with timer("critic"):  # stage 1: the policy stands still, critic and head learn
-        train_critic(t, step, batch, updates)
+        metrics = train_critic(t, step, batch, updates)
     with timer("policy"):  # stage 2: the groups stand still, the policy learns with c_i * A_it
         probs = groups_now(t, batch)
         weights = groups.weights(probs, batch.performance)
@@ -70,7 +71,7 @@ def iteration(t: Setup, step: int) -> Metrics:
     groups.control(batch.probs, batch.experience.seq_kl)
 
     with timer("metrics"):
-        metrics = updates.means() | answers.metrics() | seen.metrics | batch.metrics()
+        metrics |= updates.means() | answers.metrics() | batch.metrics()
         metrics |= groups.metrics(
             probs, batch.performance, raw["total"], batch.experience.seq_kl, batch.kl_coef, weights
         )
@@ -125,7 +126,8 @@ class Ppo(Stage):
         return metrics
 
     def save(self) -> None:
-        self.t.actors.policy.save(self.run.model("policy"), self.t.tokenizer)
+        dtype = parallel.compute_dtype(self.config)
+        self.t.actors.policy.save(self.run.model("policy"), self.t.tokenizer, dtype)
 
     def evaluated(
         self, critic: Critic | None = None, groups: Groups | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trainer import parallel
 from trainer.batch.sequences import Sequences
 from trainer.batch.types import Prompt
 from trainer.config import Config
@@ -18,7 +19,7 @@ class Judge:
 
     def __call__(self, prompts: list[Prompt], sequences: Sequences) -> Tensor:  # (S)
         gold = [self.world.gold(p.ids, answer) for p, answer in zip(prompts, sequences.answers())]
-        return torch.tensor(gold, device=sequences.tokens.device)
+        return torch.tensor(gold, device=parallel.device())
 
 
 def make_judge(config: Config, source: str) -> Judge | None:

@@ -40,12 +40,8 @@ class Scorer:
             read = sequences
             if self.model_tokenizer is not None:
                 read = self._retokenised(self.model_tokenizer, sequences, truncated)
-            with parallel.autocast(self.config.model.dtype):
-                (scores,) = forward_all(
-                    lambda batch: (model(batch),),
-                    read,
-                    self.config.trainer.tokens_per_microbatch,
-                )
+            budget = self.config.trainer.tokens_per_microbatch
+            (scores,) = forward_all(lambda part: (model(part),), read, budget, (False,))
             parts["model"] = (scores, weight)
         if self.functions:
             texts = self.tokenizer.batch_decode(sequences.answers(), skip_special_tokens=True)
@@ -54,7 +50,7 @@ class Scorer:
                 some = prompts[mine]
                 scores = torch.zeros(len(texts))
                 scores[mine] = function([p.text for p in some], texts[mine], [p.meta for p in some])
-                parts[name] = (parallel.all_sum(scores.to(sequences.tokens.device)), weight)
+                parts[name] = (parallel.all_sum(scores.to(truncated.device)), weight)
         total = -self.config.reward.truncated_penalty * truncated.float()
         for scores, weight in parts.values():
             total = total + weight * scores
@@ -64,9 +60,6 @@ class Scorer:
         self, theirs: PreTrainedTokenizerBase, sequences: Sequences, truncated: Tensor
     ) -> Sequences:
         """The same texts in the reward model's own tokens."""
-        prompts = [
-            row[:n] for row, n in zip(sequences.tokens.tolist(), sequences.prompt_lengths.tolist())
-        ]
 
         def translate(rows: list[list[int]], **options: bool) -> list[list[int]]:
             texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -79,4 +72,6 @@ class Scorer:
                 translate(sequences.answers(), add_special_tokens=False), (~truncated).tolist()
             )
         ]
-        return Sequences.of(translate(prompts), answers, theirs.pad_token_id or 0)
+        return Sequences.of(
+            translate(sequences.prompts()), answers, shared=sequences.prompt_of is not None
+        )

@@ -29,8 +29,8 @@ class HuggingFaceEngine:
     def sync(self, policy: Policy, step: int | None = None) -> None:
         """The weights are shared with the trainer, or gathered from its shards."""
         self.policy, moved = policy, 0
-        if parallel.world_size() > 1:
-            dtype = getattr(torch, self.config.model.dtype)
+        if parallel.shards(self.config):
+            dtype = parallel.compute_dtype(self.config)
             self.whole = loading.gather(policy, dtype, self.whole)
             self.policy = self.whole
             moved = sum(p.nbytes for p in self.whole.parameters())
@@ -66,10 +66,9 @@ class HuggingFaceEngine:
             here = order[start : start + batch]
             rows = torch.tensor([i * samples + k for i in here for k in range(samples)])
             rows = rows.to(uniform.device)
-            with parallel.autocast(self.config.model.dtype):
-                out = self._sample(policy, [prompts[i] for i in here], samples, uniform[rows])
+            out = self._sample(policy, [prompts[i] for i in here], samples, uniform[rows])
             tokens[rows], logprobs[rows], lengths[rows], truncated[rows] = out
-        return gathered(prompts, samples, tokens, logprobs, lengths, truncated, self.pad)
+        return gathered(prompts, samples, tokens, logprobs, lengths, truncated)
 
     def _sample(
         self, policy: Policy, prompts: list[list[int]], samples: int, uniform: Tensor

@@ -136,7 +136,6 @@ class VllmEngine:
             logprobs.to(device),
             lengths.to(device),
             truncated.to(device),
-            self.tokenizer.pad_token_id,
         )
 
     def _limit(self, prompt: list[int], vllm: Vllm) -> int:

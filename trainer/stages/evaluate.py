@@ -18,10 +18,10 @@ def run(config: Config, run: RunFolder, resume: bool = False) -> None:
     made = run.model("policy")
     source = str(made) if made.is_dir() else start
     tokenizer = loading.load_tokenizer(start, config)
-    reference = loading.frozen(loading.load_policy(anchor, config))
+    reference = loading.load_policy(anchor, config)
     policy = reference
     if source != anchor:
-        policy = loading.frozen(loading.load_policy(source, config))
+        policy = loading.load_policy(source, config)
     engine = make_engine(config, tokenizer)
     engine.sync(policy)
     scorer = Scorer(config, tokenizer, *loading.load_scoring_model(config, run))

@@ -43,7 +43,7 @@ from trainer.models.policy import Policy
 from trainer.models.reward import RewardModel
 from trainer.ppo import loop
 from trainer.ppo.evaluate import by_label
-from trainer.ppo.forward import check_engine, forward_models
+from trainer.ppo.forward import answer_logprobs, check_engine
 from trainer.rewards.judge import make_judge
 from trainer.rollout.engine import Rollout
 from trainer.rollout.make import make_engine
@@ -105,7 +105,9 @@ class Round(Stage):
         settings = t.config.metarm
         self.t, self.n, self.after, self.steps = t, n, after, settings.steps
         self.answers = sample_meta(t, str(before.model("policy")), n)
-        self.model = loading.load_reward_model(str(before.model("rm")), t.precise).train()
+        self.model = loading.load_reward_model(
+            str(before.model("rm")), t.precise, trained=True
+        ).train()
         self.guard = Guard(t.config.trainer.max_skipped)
         self.optimizer = Optimizer.of(
             t.config.rm,
@@ -125,11 +127,11 @@ class Round(Stage):
             size = t.config.rm.batch
             indices = batch_indices(len(t.pairs), size, step, seed, "metarm", self.n)
             pairs = [t.pairs[i] for i in indices]
-            both = reward_model.both_answers(pairs, t.tokenizer.pad_token_id)
+            both = reward_model.both_answers(pairs)
             prompts = batch_indices(
                 settings.meta_prompts, settings.meta_batch, step, seed, "meta answers", self.n
             )
-            where = torch.tensor(prompts, device=parallel.device())
+            where = torch.tensor(prompts)
             meta = self.answers.rows(rows_of(where, settings.samples))
         with timer("train"):
             meta_step(t.precise, self.model, pairs, both, meta, averages)
@@ -145,7 +147,8 @@ class Round(Stage):
         return {"loss": metrics["rm/loss"], "spread": metrics["metarm/spread"]}
 
     def save(self) -> None:
-        self.model.save(self.after.model("rm"), self.t.tokenizer)
+        dtype = parallel.compute_dtype(self.t.config)
+        self.model.save(self.after.model("rm"), self.t.tokenizer, dtype)
 
 
 def meta_step(
@@ -177,13 +180,12 @@ def backward_spread(
 ) -> None:
     """Adds weight * grad J; 0: J is only looked at. A prompt's answers stay in one micro-batch."""
     k = config.metarm.samples
-    longest = meta.lengths.view(-1, k).amax(1)  # (P)
+    costs = meta.lengths.view(-1, k).sum(1).tolist()  # (P)
     with torch.set_grad_enabled(weight != 0):
-        for prompts, real in pieces(k * longest, config.trainer.tokens_per_microbatch):
-            with parallel.autocast(config.model.dtype):
-                rewards = model(meta.rows(rows_of(prompts, k))).view(-1, k)
+        for prompts, real in pieces(costs, config.trainer.tokens_per_microbatch):
+            rewards = model(meta.rows(rows_of(prompts, k))).view(-1, k)
             spread = gikernels.difference_objective(rewards)
-            spread = spread * real * len(prompts) / len(longest)
+            spread = spread * real * len(prompts) / len(costs)
             if weight:
                 (weight * spread).backward()
             averages.add(STAGE, {"spread": spread})
@@ -191,7 +193,7 @@ def backward_spread(
 
 def rows_of(prompts: Tensor, samples: int) -> Tensor:
     """(P) -> (P k): where the answers to these prompts stand."""
-    return (prompts.unsqueeze(1) * samples + torch.arange(samples).to(prompts)).flatten()
+    return (prompts.unsqueeze(1) * samples + torch.arange(samples)).flatten()
 
 
 @dataclass(frozen=True)
@@ -324,24 +326,24 @@ def sample_meta(t: Setup, policy: str, n: int) -> Sequences:
     count, seed = t.config.metarm.meta_prompts, t.config.run.seed
     chosen = batch_indices(len(t.meta_prompts), count, n, seed, "meta prompts")
     prompts = [t.meta_prompts[i] for i in chosen]
-    ours = loading.frozen(loading.load_policy(policy, t.config))
+    ours = loading.load_policy(policy, t.config)
     return sample(t, ours, prompts, "meta", n).sequences
 
 
 def sample_test(t: Setup, policy: str) -> Answers:
     """The same prompts and random numbers every time: what differs is the policy."""
     k, config = t.config.metarm.samples, t.config
-    ours, theirs = (loading.frozen(loading.load_policy(name, config)) for name in (policy, t.sft))
+    ours, theirs = (loading.load_policy(name, config) for name in (policy, t.sft))
     rollout = sample(t, ours, t.test_prompts, "test")
     sequences, prompts = rollout.sequences, [p for p in t.test_prompts for _ in range(k)]
-    out = forward_models(config, ours, theirs, None, sequences)
+    shifted = answer_logprobs(config, ours, sequences) - answer_logprobs(config, theirs, sequences)
     shift = config.metarm.prompts == "ood"
     by_program = make_judge(config, config.data.ood_prompts if shift else config.data.eval_prompts)
     return Answers(
         prompts=prompts,
         sequences=sequences,
         samples=k,
-        kl=(out.logprobs - out.ref_logprobs).sum(1),
+        kl=sequences.sums(shifted),
         gold=by_program(prompts, sequences) if by_program else None,
     )
 
@@ -354,13 +356,13 @@ def judge(t: Setup, made: RunFolder, answers: Answers) -> tuple[Tensor, dict[str
     the scale as well, so `spread` and its quantiles are multiples of it. They and `gold_accuracy`
     are over pairs of different answers to a prompt; equal ones say something of the policy only.
     """
-    model = loading.frozen(loading.load_reward_model(str(made.model("rm")), t.config))
+    model = loading.load_reward_model(str(made.model("rm")), t.config)
     scores = reward_model.scores(t.config, model, answers.sequences)
     figures = {"objective": float(gikernels.difference_objective(scores.view(-1, answers.samples)))}
     first, second = different_pairs(answers)
     gap = scores[first] - scores[second]
     if t.held_out:
-        held_out = reward_model.both_answers(t.held_out, t.tokenizer.pad_token_id)
+        held_out = reward_model.both_answers(t.held_out)
         chosen, rejected = reward_model.scores(t.config, model, held_out).chunk(2)
         figures["pair_accuracy"] = float((chosen > rejected).float().mean())
         figures["scale"] = float((chosen - rejected).abs().mean())
@@ -414,7 +416,7 @@ def figures_as(name: str, figures: dict[str, float]) -> dict[str, float]:
 
 def standing(t: Setup, made: RunFolder, answers: Answers) -> dict[str, float]:
     """Where the policy stands after a round; `distinct`: share of a prompt's answers that are."""
-    model = loading.frozen(loading.load_reward_model(str(made.model("rm")), t.config))
+    model = loading.load_reward_model(str(made.model("rm")), t.config)
     columns = {"proxy": reward_model.scores(t.config, model, answers.sequences), "kl": answers.kl}
     if answers.gold is not None:
         columns["gold"] = answers.gold

@@ -53,7 +53,9 @@ class RewardStage(Stage):
         self.config, self.run, self.steps = config, run, settings.steps
         self.tokenizer = loading.load_tokenizer(start, config)
         self.pairs, self.held_out = split_pairs(config, run, self.tokenizer, again=not resume)
-        self.model = loading.load_reward_model(start, config, settings.head, self.tokenizer).train()
+        self.model = loading.load_reward_model(
+            start, config, settings.head, self.tokenizer, trained=True
+        ).train()
         self.guard = Guard(config.trainer.max_skipped)
         self.optimizer = Optimizer.of(
             settings,
@@ -71,7 +73,7 @@ class RewardStage(Stage):
         with timer("data"):
             indices = batch_indices(len(self.pairs), config.rm.batch, step, config.run.seed)
             batch = [self.pairs[i] for i in indices]
-            sequences = both_answers(batch, self.tokenizer.pad_token_id)
+            sequences = both_answers(batch)
         with timer("train"):
             backward(config, self.model, batch, sequences, averages)
             norm = self.optimizer.step(step, averages.open["rm/loss"])
@@ -92,10 +94,11 @@ class RewardStage(Stage):
         if self.held_out:
             share, count = self.accuracy(), len(self.held_out)
             say(f"rm     held-out pairs ordered rightly: {share:.1%} of {count}")
-        self.model.save(self.run.model("rm"), self.tokenizer)
+        dtype = parallel.compute_dtype(self.config)
+        self.model.save(self.run.model("rm"), self.tokenizer, dtype)
 
     def accuracy(self) -> float:
-        both = both_answers(self.held_out, self.tokenizer.pad_token_id)
+        both = both_answers(self.held_out)
         chosen, rejected = scores(self.config, self.model, both).chunk(2)
         return float((chosen > rejected).float().mean())
 
@@ -129,8 +132,7 @@ def backward(
     """Adds the gradient of the pairs' mean loss; `sequences` are their `both_answers`."""
     for rows, weight in pair_pieces(sequences, config.trainer.tokens_per_microbatch):
         both = sequences.rows(torch.cat([rows, rows + len(pairs)]))
-        with parallel.autocast(config.model.dtype):
-            chosen, rejected = model(both).chunk(2)
+        chosen, rejected = model(both).chunk(2)
         some = [pairs[i] for i in rows.tolist()]
         loss, figures = pair_loss(config.rm, chosen, rejected, some)
         part = weight * len(some) / len(pairs)
@@ -181,23 +183,21 @@ def pair_loss(
     return loss, {"loss": loss.detach(), **figures}
 
 
-def both_answers(pairs: list[Pair], pad: int) -> Sequences:
+def both_answers(pairs: list[Pair]) -> Sequences:
     """(2 P): all the chosen answers, then all the rejected ones, so that one forward sees both."""
     prompts = [p.prompt_ids for p in pairs]
     answers = [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
-    return Sequences.of(prompts + prompts, answers, pad)
+    return Sequences.of(prompts + prompts, answers)
 
 
 def pair_pieces(sequences: Sequences, budget: int) -> list[Piece]:
     """Micro-batches of pair indices: a pair's two answers stay together."""
-    longer = sequences.lengths.view(2, -1).amax(0)
-    return pieces(2 * longer, budget)
+    return pieces(sequences.lengths.view(2, -1).sum(0).tolist(), budget)
 
 
 def scores(config: Config, model: RewardModel, sequences: Sequences) -> Tensor:  # (S)
-    with parallel.autocast(config.model.dtype):
-        budget = config.trainer.tokens_per_microbatch
-        return forward_all(lambda batch: (model(batch),), sequences, budget)[0]
+    budget = config.trainer.tokens_per_microbatch
+    return forward_all(lambda part: (model(part),), sequences, budget, (False,))[0]
 
 
 def sampled_pairs(config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[Pair]:

@@ -8,6 +8,7 @@ from trainer.batch.sequences import Sequences
 from trainer.config import Config
 from trainer.data.sources import load_demonstrations
 from trainer.models import loading
+from trainer.models.policy import log_probabilities
 from trainer.runs.averages import Averages, Timer
 from trainer.runs.checkpoint import TrainState
 from trainer.runs.faults import Guard
@@ -29,7 +30,7 @@ class Sft(Stage):
         self.config, self.run, self.steps = config, run, settings.steps
         self.tokenizer = loading.load_tokenizer(config.model.policy, config)
         self.demonstrations = load_demonstrations(config, self.tokenizer)
-        self.policy = loading.load_policy(config.model.policy, config).train()
+        self.policy = loading.load_policy(config.model.policy, config, trained=True).train()
         self.guard = Guard(config.trainer.max_skipped)
         self.optimizer = Optimizer.of(
             settings,
@@ -48,12 +49,11 @@ class Sft(Stage):
             count, size = len(self.demonstrations), config.sft.batch
             chosen = batch_indices(count, size, step, config.run.seed, "sft")
             prompts, answers = zip(*(self.demonstrations[i] for i in chosen))
-            batch = Sequences.of(list(prompts), list(answers), self.tokenizer.pad_token_id)
+            batch = Sequences.of(list(prompts), list(answers))
         with timer("train"):
-            tokens = batch.answer_lengths.sum()
             for rows, weight in batch.pieces(config.trainer.tokens_per_microbatch):
-                with parallel.autocast(config.model.dtype):
-                    loss = -weight * self.policy(batch.rows(rows)).logprobs.sum() / tokens
+                stats = self.policy(batch.rows(rows), log_probabilities())
+                loss = -weight * stats.logprobs.sum() / batch.count
                 loss.backward()
                 averages.add("sft", {"loss": loss})
             norm = self.optimizer.step(step, averages.open["sft/loss"])
@@ -67,4 +67,5 @@ class Sft(Stage):
         return {"loss": metrics["sft/loss"]}
 
     def save(self) -> None:
-        self.policy.save(self.run.model("sft"), self.tokenizer)
+        dtype = parallel.compute_dtype(self.config)
+        self.policy.save(self.run.model("sft"), self.tokenizer, dtype)

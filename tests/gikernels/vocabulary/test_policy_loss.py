@@ -40,10 +40,11 @@ def problem(device, dtype=torch.float32, n=41, d=24, v=300, seed=0):
     p["ref_logprobs"] = (now.logprobs + 0.3 * normal(n)).float()
     p["advantages"] = normal(n).float()
     p["advantages"][::6] = 0
+    p["kl_coef"] = torch.rand(n, generator=g)
     p["temperature"] = torch.rand(n, generator=g) + 0.5
     p["mask"] = torch.rand(n, generator=g) < 0.8
     p["targets"][~p["mask"]] = -100
-    for name in ("hidden", "old_logprobs", "ref_logprobs", "advantages", "temperature"):
+    for name in ("hidden", "old_logprobs", "ref_logprobs", "advantages", "temperature", "kl_coef"):
         p[name][~p["mask"]] = NAN
     return {k: x.to(device) for k, x in p.items()}
 
@@ -52,6 +53,7 @@ OPTIONS = {
     "plain": {},
     "bias": {"bias": True, "clip_low": 0.1, "clip_high": 0.3},
     "kl_and_entropy": {"ref_logprobs": True, "kl_coef": 0.1, "entropy_coef": 0.01},
+    "kl_by_row": {"ref_logprobs": True, "kl_coef": True},
     "k1_softcap": {
         "ref_logprobs": True, "kl_coef": 0.1, "kl_estimator": "k1", "softcap": 4.0,
         "logit_scale": 1.5, "temperature": True,
@@ -400,7 +402,7 @@ BAD = {
     "clip_high": [bad(clip_high=lambda p: NAN)],
     "dual_clip": [bad(dual_clip=lambda p: 0.9)],
     "ref_logprobs": [bad(ref_logprobs=lambda p: p["ref_logprobs"][:3])],
-    "kl_coef": [bad(kl_coef=lambda p: INF)],
+    "kl_coef": [bad(kl_coef=lambda p: INF), bad(kl_coef=lambda p: p["kl_coef"][:3])],
     "kl_estimator": [bad(kl_estimator=lambda p: "k4")],
     "entropy_coef": [bad(entropy_coef=lambda p: NAN)],
     "temperature": [bad(temperature=lambda p: 0), bad(temperature=lambda p: p["advantages"][:1])],
