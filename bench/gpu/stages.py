@@ -12,8 +12,8 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("versions", 22, "versions, and the two ceilings: a bf16 product and a copy"),
-    Stage("selftest", 58, "python -m gikernels.selftest: every op against float64"),
+    Stage("versions", 28, "versions, and the two ceilings: a bf16 product and a copy"),
+    Stage("selftest", 56, "python -m gikernels.selftest: every op against float64"),
     Stage("triton", 58, "the tests of the Triton and CUDA kernels"),
     Stage("gpu", 34, "the tests that only a GPU can run, but for compute-sanitizer's"),
     Stage("times", 56, "time, memory and error of the operations, beside plain PyTorch"),

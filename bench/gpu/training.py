@@ -27,7 +27,12 @@ def run(record: Record, device: str, limit: float) -> None:
         record.save(parameters=count, size=size._asdict())
         if "ours" not in record.found:
             left = limit - (time.monotonic() - began)
-            figures = half_billion.ours(model, Path(name, "run"), size, STEPS, left)
+            try:
+                figures = half_billion.ours(model, Path(name, "run"), size, STEPS, left)
+            except RuntimeError as error:
+                if str(error).startswith(("ModuleNotFoundError", "ImportError")):
+                    raise Missing(f"the trainer does not start: {error}") from error
+                raise
             ceiling = _ceiling(record)
             if ceiling:
                 figures["mfu"] = half_billion.mfu(figures, count, ceiling)
