@@ -1,9 +1,9 @@
 """The head's forward in other tiles: for whoever tunes it, not for use.
 
-A variant replaces fields of the tile that the kernels ask for (`tiles.blocks_for`) or how many
+A variant replaces fields of the tile that the kernels ask for (`blocks_for`) or how many
 programs are started on a multiprocessor. A field that the tile does not have is a switch that the
 kernel does not have (yet): the variant is absent and says so. So to try a new switch, give
-`tiles.Blocks` a field, read it in the kernel, and add a line here.
+`Blocks` a field, read it in the kernel, and add a line here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 from bench.ops.peers import Absent, Contender, Inputs, Outputs, gikernels_linear_logprobs, needs_gpu
 
-TILES = ("gikernels.vocabulary.tiles", "gikernels.tiles")
+# Where the kernels ask, of which one is there.
+TILES = ("gikernels.vocabulary.launch", "gikernels.vocabulary.tiles", "gikernels.tiles")
 PROGRAMS = "programs"  # on a multiprocessor
 VARIANTS: dict[str, dict[str, Any]] = {
     "flatten": {"flatten": True},
@@ -33,7 +34,7 @@ def contender(name: str) -> Contender:
         with using(VARIANTS[name]) as asked:
             out = gikernels_linear_logprobs(inputs)
         if not asked:
-            raise Absent("the forward does not ask tiles.blocks_for")
+            raise Absent("the forward does not ask blocks_for")
         return out
 
     return Contender(name, run, forward_only=True)
@@ -73,4 +74,4 @@ def _tiles() -> Any:
             module = importlib.import_module(name)
             if hasattr(module, "blocks_for") and hasattr(module, "programs"):
                 return module
-    raise Absent("no tiles.blocks_for to replace")
+    raise Absent("no blocks_for to replace")

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from bench.gpu import record, times, variants
-from bench.gpu.record import Record, Red
+from bench.gpu import checks, record, times, variants
+from bench.gpu.record import Missing, Record, Red
 from bench.host.machine import ROOT, with_path
 
 CPU = torch.device("cpu")
@@ -23,18 +23,15 @@ def gpu(*arguments, cwd=ROOT, environment=None):
 
 
 def test_the_cheap_stages_on_a_cpu(tmp_path):
-    done = gpu("--minutes", 4, "--only", "versions,selftest,triton,small", "--output", tmp_path)
+    done = gpu("--minutes", 4, "--only", "versions,triton,small", "--output", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert set(found) == {"versions", "selftest", "triton", "small"}
+    assert set(found) == {"versions", "triton", "small"}
 
     versions = found["versions"]["found"]
     assert versions["machine"]["versions"]["torch"] == torch.__version__
     assert versions["product_tflops"] > 0 and versions["copy_tb_per_s"] > 0
     assert versions["backends"]["reference"][0] is True
-
-    there = (ROOT / "gikernels" / "selftest.py").exists()
-    assert found["selftest"]["status"] == ("done" if there else "missing")
 
     counts = found["triton"]["found"]["counts"]
     assert counts["passed"] > 0 and counts["failed"] == 0
@@ -95,6 +92,49 @@ def test_the_hash_is_of_what_is_measured(tmp_path):
     (package / "csrc").mkdir()
     (package / "csrc" / "p.cu").write_text("")
     assert record.sources(tmp_path) != before
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def test_a_selftest_that_is_not_there_has_not_passed(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    into = Record(tmp_path / "out", "selftest")
+    with pytest.raises(Missing, match="not in this checkout"):
+        checks.selftest(into, "cpu")
+    package = tmp_path / "gikernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "selftest.py").write_text("import sys\nprint(*sys.argv[1:], 'all right')\n")
+    checks.selftest(into, "cpu")
+    assert into.found == {"code": 0, "says": "--device cpu all right"}
+    (package / "selftest.py").write_text("raise SystemExit('dW off by 0.3')\n")
+    with pytest.raises(Red, match=r"dW off by 0\.3"):
+        checks.selftest(into, "cpu")
+    assert record.read(tmp_path / "out" / "selftest.json")["found"]["code"] == 1
+
+
+@pytest.mark.parametrize(
+    ("suite", "error", "says"),
+    [
+        ("def test_triton(): assert False", Red, "1 of 1 tests: test_a.py::test_triton"),
+        ("import nothing_of_this_name", Red, "1 of 2 tests: test_a.py"),
+        ("def test_else(): pass", Missing, "no such test"),
+        ("import pytest\ndef test_triton(): pytest.skip('no GPU')", Missing, "skipped"),
+    ],
+)
+def test_tests_that_did_not_pass(tmp_path, monkeypatch, suite, error, says):
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "test_a.py").write_text(suite + "\n")
+    if "nothing" in suite:
+        (tmp_path / "test_b.py").write_text("def test_triton(): pass\n")
+    into = Record(tmp_path / "out", "triton")
+    files = [path.name for path in sorted(tmp_path.glob("test_*.py"))]
+    with pytest.raises(error, match=says):
+        checks.tests(into, "cpu", files, "not gpu", "triton")
 
 
 # --- the cases of a stage -------------------------------------------------------------------------
