@@ -170,6 +170,8 @@ def _training(records: Records) -> str:
     if trl is not None:
         text += f"; TRL's GRPOTrainer {trl['tokens_per_second']:.0f} tokens/s, "
         text += f"{trl['peak_memory_bytes'] / 2**30:.1f} GiB"
+    elif "trl_absent" in found:
+        text += f"; TRL's GRPOTrainer absent: {found['trl_absent']}"
     return f"{text}."
 
 

@@ -35,7 +35,8 @@ def results(root, **changes):
         "peers": {"cases": {"beside": {"rows": peers, "absent": [
             {"case": "head", "contender": "Liger", "reason": "not installed"}]}}},
         "training": {"ours": {"tokens_per_step": 8960.0, "tokens_per_second": 21000.0,
-                              "peak_memory_bytes": 20 << 30, "mfu": 0.41}},
+                              "peak_memory_bytes": 20 << 30, "mfu": 0.41},
+                     "trl_absent": "ModuleNotFoundError: No module named 'trl'"},
     }  # fmt: skip
     for name, each in found.items():
         status = changes.get(name, "done")
@@ -69,7 +70,8 @@ def test_a_gpus_line(tmp_path):
     assert "**NVIDIA H100 80GB HBM3**, torch 2.14.0, triton 3.8.0, python 3.12.1" in text
     assert "product 798.1 TFLOP/s, copy 3.01 TB/s, sources 0123456789ab" in text
     assert "selftest done; triton done (160 passed, 2 skipped); gpu not run." in text
-    assert "21000 tokens/s, 20.0 GiB, the update at 41% of the product's speed." in text
+    assert "21000 tokens/s, 20.0 GiB, the update at 41% of the product's speed;" in text
+    assert "TRL's GRPOTrainer absent: ModuleNotFoundError: No module named 'trl'." in text
 
 
 @pytest.mark.parametrize("status", ["failed", "crashed"])
