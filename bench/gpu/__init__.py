@@ -1,4 +1,4 @@
-"""Proof on a rented GPU within minutes: is it right there, and how fast?  `python -m bench.gpu`
+"""Proof on a rented GPU within minutes: is it right there, and how fast? `python -m bench.gpu`.
 
 stages.py     what is done, in order of worth                            READ FIRST
 runner.py     each stage in a process of its own with its own limit; a second call goes on
