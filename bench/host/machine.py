@@ -1,4 +1,4 @@
-"""The machine and the checkout that figures come from."""
+"""The machine and the checkout that figures come from. Only naming a device needs torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl", "numpy")
@@ -38,6 +40,8 @@ def with_path() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
@@ -49,6 +53,8 @@ def device_name(device: torch.device) -> str:
 
 
 def machine(device: torch.device) -> dict:
+    import torch
+
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -11,14 +11,43 @@ import torch
 from bench.host.process import CLEAR
 from bench.ops import memory, peers, timing, truth
 from bench.ops.calls import errors, runner, within_bound
-from bench.ops.cases import BOTH, UNITS, Case
+from bench.ops.cases import BOTH, UNITS, Case, Work
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
         return "out of memory"
     first = str(error).strip().split("\n")[0]
     return first if type(error).__name__ == "Absent" else f"{type(error).__name__}: {first}"[:300]
+
+
+def row_of(
+    case: Case, mode: str, name: str, work: Work, t: timing.Times, base: timing.Times | None
+) -> dict:
+    """The figures of a contender's times; those of its memory and errors are still to come."""
+    unit, scale = UNITS[work.unit]
+    return {
+        "op": case.op,
+        "shape": case.shape,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "mode": mode,
+        "contender": name,
+        "median_ms": 1e3 * t.median,
+        "p20_ms": 1e3 * t.low,
+        "p80_ms": 1e3 * t.high,
+        "graph_ms": None,
+        "calls": t.calls,
+        "rate": work.amount / t.median / scale,
+        "unit": unit,
+        "formula": work.formula,
+        "fraction": base.median / t.median if base else None,
+        "fraction_of": work.baseline_name,
+        "peak_extra_bytes": None,
+        "memory_method": None,
+        "errors": {},
+        "within_bound": None,
+        "lacks": "",
+    }
 
 
 GRAPH_BELOW = 2e-3  # seconds of a call: there the Python around it may be what is measured
@@ -38,7 +67,7 @@ def measure(
     absent: list[dict] = []
 
     def miss(name: str, where: str, error: Exception) -> None:
-        absent.append({"case": where, "contender": name, "reason": _reason(error)})
+        absent.append({"case": where, "contender": name, "reason": reason(error)})
 
     peers.forget_compiled()  # beyond a few shapes dynamo would time eager code under its name
     inputs = case.inputs(case.shape, case.dtype, device)
@@ -78,31 +107,8 @@ def measure(
             fails=lambda name, error, label=label: miss(name, label, error),
         )
         base = times.get(work.baseline_name)
-        unit, scale = UNITS[work.unit]
         for name, t in times.items():
-            rate = work.amount / t.median
-            row = {
-                "op": case.op,
-                "shape": case.shape,
-                "dtype": str(case.dtype).removeprefix("torch."),
-                "mode": mode,
-                "contender": name,
-                "median_ms": 1e3 * t.median,
-                "p20_ms": 1e3 * t.low,
-                "p80_ms": 1e3 * t.high,
-                "graph_ms": None,
-                "calls": t.calls,
-                "rate": rate / scale,
-                "unit": unit,
-                "formula": work.formula,
-                "fraction": base.median / t.median if base else None,
-                "fraction_of": work.baseline_name,
-                "peak_extra_bytes": None,
-                "memory_method": None,
-                "errors": {},
-                "within_bound": None,
-                "lacks": "",
-            }
+            row = row_of(case, mode, name, work, t, base)
             if name in found:
                 size, method = _peak(case, where, name, mode, runners[name], device)
                 row |= {
@@ -113,7 +119,8 @@ def measure(
                     "lacks": case.contender(name).lacks,
                 }
             rows.append(row)
-            say(f"  {mode:18} {name:26} {row['median_ms']:10.3f} ms  {row['rate']:9.4g} {unit}")
+            speed = f"{row['median_ms']:10.3f} ms  {row['rate']:9.4g} {row['unit']}"
+            say(f"  {mode:18} {name:26} {speed}")
         for row in rows:  # last: a capture that fails may leave a stream behind
             if row["mode"] == mode != BOTH and row["median_ms"] < 1e3 * GRAPH_BELOW:
                 replayed = timing.replayed(runners[row["contender"]], device)

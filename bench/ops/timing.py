@@ -132,10 +132,24 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def waits_for_the_gpu(fn: Callable[[], object]) -> bool:
+    """Found out by PyTorch before a capture does: one that fails halfway leaves the allocator in
+    the belief that it goes on."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fn()
+    except Exception:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return False
+
+
 def replayed(fn: Callable[[], object], device: torch.device, calls: int = 20) -> float | None:
     """Seconds of a call as a replayed CUDA graph: its kernels without any Python, caches warm.
     None where it cannot be captured (it waits for the GPU, or this is a CPU)."""
-    if device.type != "cuda":
+    if device.type != "cuda" or waits_for_the_gpu(fn):
         return None
     try:
         side = torch.cuda.Stream()
@@ -148,7 +162,6 @@ def replayed(fn: Callable[[], object], device: torch.device, calls: int = 20) ->
         with torch.cuda.graph(graph):
             fn()
     except Exception:
-        torch.cuda.synchronize()
         return None
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     graph.replay()

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 SHAPE = {  # of Qwen2.5-0.5B
     "vocab_size": 151936,
@@ -55,14 +56,16 @@ def varied(prompts: list[str], answers: list[str], meta: list[dict]) -> list[flo
     return [float(i % 3) for i in range(len(answers))]
 
 
-def make(folder: str) -> None:
+def make(folder: str, dtype: str = "float32", shape: dict[str, Any] = SHAPE) -> None:
     """In a process of its own: what it needed is no part of the peak."""
+    import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from trainer.config import load
     from trainer.worlds.toy import World
 
-    Qwen2ForCausalLM(Qwen2Config(**SHAPE)).save_pretrained(folder)
+    model = Qwen2ForCausalLM(Qwen2Config(**shape))
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     World(load("toy").toy).tokenizer().save_pretrained(folder)
 
 

@@ -94,6 +94,38 @@ print(max(calls.errors(case, case.contender("TRL chunked"), torch.device("cpu"))
     assert float(done.stdout.split()[-1]) < 1e-5
 
 
+def test_a_gpus_clock_starts_behind_a_cold_cache_and_a_head_start(monkeypatch):
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("record")
+
+        def synchronize(self):
+            done.append("wait")
+
+        def elapsed_time(self, other):
+            return 2.5  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append(cycles))
+    watch = timing.Stopwatch(CPU)
+    watch.on_gpu = True
+    watch.buffer, watch.sink = (
+        torch.arange(9, dtype=torch.int32),
+        torch.empty((), dtype=torch.int32),
+    )
+    assert watch(lambda: done.append("call"), 0.001) == pytest.approx(0.0025)
+    cycles = int(timing.CLOCK * 0.001)
+    assert done == [cycles, "record", "call", "record", "wait"]
+    assert watch.sink == 8 and watch.buffer.tolist() == list(range(9))  # read, not written
+    watch(lambda: None)
+    assert done[5] == int(timing.CLOCK * timing.LEAST_HEAD_START)
+
+
 # --- errors at the full size ----------------------------------------------------------------------
 
 

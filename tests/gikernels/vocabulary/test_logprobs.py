@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 import gikernels
-from gikernels import BackendUnavailable, dispatch, logprobs, reference
+from gikernels import BackendUnavailable, logprobs, reference
+from gikernels.backends import dispatch
 from gikernels.backends.settings import workspace
 
 # The interpreter's numpy warns where a GPU computes -inf - -inf without a word.
