@@ -34,5 +34,6 @@ class Critic(nn.Module):
     def forward(self, sequences: Sequences) -> tuple[Tensor, Tensor]:  # (n), (s, M)
         hidden, layout = run(self.body, sequences, last=self.on == "response")
         judged = hidden[layout.prompt_ends if self.on == "prompt" else layout.ends]
-        values = self.value_head(hidden[layout.before_answer].float())[:, 0]
-        return values, self.group_head(judged.float())
+        dtype = self.value_head.weight.dtype
+        values = self.value_head(hidden[layout.before_answer].to(dtype)).sum(1)  # no view: FSDP2
+        return values.float(), self.group_head(judged.to(dtype)).float()

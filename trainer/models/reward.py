@@ -50,9 +50,10 @@ class RewardModel(nn.Module):
             tokens = layout.tokens[layout.grid]
             return self.model(tokens, attention_mask=seen.long()).logits[:, 0].float()
         hidden, layout = run(self.model.base_model, sequences, last=True)
+        places = layout.ends if self.head == "last" else layout.answer
+        scores = self.model.score(hidden[places].to(self.model.score.weight.dtype))[:, 0]
         if self.head == "last":
-            return self.model.score(hidden[layout.ends].float())[:, 0]
-        scores = self.model.score(hidden[layout.answer].float())[:, 0]
+            return scores
         return sequences.sums(scores) / on_device(sequences.answer_lengths)
 
     def save(self, path: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:

@@ -149,8 +149,7 @@ def experience(
             )
             flat = (stats.logprobs, stats.entropy, ref_logprobs, exp.advantages, exp.returns)
             outputs.append((piece, (*flat, exp.seq_kl)))
-            if piece.weight:
-                moments.append(exp.moments)
+            moments.append(exp.moments if piece.weight else torch.zeros_like(exp.moments))
         logprobs, entropy, ref_logprobs, advantages, returns, seq_kl = (
             gathered(sequences, [(piece, each[i]) for piece, each in outputs], i < 5)
             for i in range(6)

@@ -318,8 +318,9 @@ def test_opcheck(backend, device):
     denom = torch.tensor(DENOM, device=device)
     rows = [p[k] for k in ("targets", "old_logprobs", "advantages", "mask")]
     for wanted, loss in (
-        ([True, True, True], (0.2, 0.3, 3.0, p["ref_logprobs"], 0.1, "k3", 0.01)),
-        ([True, False, False], (0.2, 0.2, None, None, 0.0, "k1", 0.0)),
+        ([True, True, True], (0.2, 0.3, 3.0, p["ref_logprobs"], 0.1, None, "k3", 0.01)),
+        ([True, True, True], (0.2, 0.3, 3.0, p["ref_logprobs"], 1.0, p["kl_coef"], "k2", 0.0)),
+        ([True, False, False], (0.2, 0.2, None, None, 0.0, None, "k1", 0.0)),
     ):
         leaves = [x.detach().requires_grad_(yes) for x, yes in zip((hidden, weight, bias), wanted)]
         args = (*leaves[:2], *rows, denom, *loss, 0.7, None, leaves[2], 4.0, 0.9, backend, wanted)

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from trainer.batch.sequences import Sequences
 from trainer.models import packing
-from trainer.models.policy import Policy
+from trainer.models.policy import Policy, log_probabilities
 
 SIZES = {
     "vocab_size": 40,
@@ -27,7 +27,7 @@ def ragged(count=9):
     draw = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 20, (count, 2), generator=draw).tolist()
     rows = [[torch.randint(1, 40, (n,), generator=draw).tolist() for n in two] for two in lengths]
-    return Sequences.of([p for p, _ in rows], [a for _, a in rows], 0)
+    return Sequences.of([p for p, _ in rows], [a for _, a in rows])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -41,7 +41,7 @@ def test_log_probabilities_and_gradients(name, checkpointing):
     for packed in (False, True):
         if packed:
             assert packing.use_packed(model)
-        stats = policy(sequences)
+        stats = policy(sequences, log_probabilities())
         policy.zero_grad()
         (stats.logprobs.square().sum() + stats.entropy.sum()).backward()
         gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
@@ -55,12 +55,15 @@ def test_float32_log_probabilities_and_no_leak_between_neighbours():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MODELS["llama"], attn_implementation="sdpa")
     policy, sequences = Policy(model), ragged()
-    want = policy(sequences).logprobs
+    want = policy(sequences, log_probabilities()).logprobs
     packing.use_packed(model)
-    torch.testing.assert_close(policy(sequences).logprobs, want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        policy(sequences, log_probabilities()).logprobs, want, atol=1e-5, rtol=0
+    )
     one = sequences.rows(torch.tensor([4]))
-    alone = policy(one).logprobs[0]
-    torch.testing.assert_close(policy(sequences).logprobs[4, : len(alone)], alone)
+    alone = policy(one, log_probabilities()).logprobs
+    together = policy(sequences, log_probabilities()).logprobs
+    torch.testing.assert_close(together[sequences.flat(torch.tensor([4]))], alone)
 
 
 def test_sampling_with_a_cache_is_as_before(tmp_path):
@@ -86,6 +89,8 @@ def test_kernels_of_a_gpu(name):
     config = type(MODELS[name])(**{**SIZES, **sizes, "sliding_window": 7})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     policy, sequences = Policy(model.cuda().bfloat16()), ragged(64)
-    want = policy(sequences).logprobs
+    want = policy(sequences, log_probabilities()).logprobs
     packing.use_packed(model)
-    torch.testing.assert_close(policy(sequences).logprobs, want, atol=5e-2, rtol=0)
+    torch.testing.assert_close(
+        policy(sequences, log_probabilities()).logprobs, want, atol=5e-2, rtol=0
+    )

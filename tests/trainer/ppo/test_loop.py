@@ -6,14 +6,17 @@ import io
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import gikernels
 from tests.trainer import tiny
+from trainer.batch.sequences import Sequences
 from trainer.config import load, packaged
-from trainer.ppo import build, draw, experience, forward, loop
+from trainer.ppo import build, draw, experience, loop
 from trainer.report.table import final_table
 from trainer.rollout.engine import LogprobMismatch
 from trainer.rollout.hf import HuggingFaceEngine
@@ -253,7 +256,7 @@ def test_the_head_chooses_prompts_by_what_it_says_of_them(fresh):
     rare = {i for i, p in enumerate(t.prompts) if p.domain == "increment"}
 
     def judge(sequences):
-        hard = sequences.tokens[:, 0] == t.prompts[min(rare)].ids[0]
+        hard = sequences.tokens[sequences.starts[:-1]] == t.prompts[min(rare)].ids[0]
         return torch.stack([hard.float(), 1 - hard.float()], 1)
 
     t.group_logits = judge
@@ -284,29 +287,37 @@ def test_reference_answers_are_sampled_once_for_each_prompt_that_is_met(fresh, m
 
 def test_critic_free_advantages(fresh):
     """Against the formulas, with the KL penalty inside the return."""
-    mask = torch.arange(5) < torch.tensor([[5], [3], [4], [1]])
-    logprobs, ref = torch.randn(4, 5), torch.randn(4, 5)
+    lengths = [5, 3, 4, 1]
+    sequences = Sequences.of([[5]] * 4, [[11] * n for n in lengths])
+    answers = SimpleNamespace(chosen=[0, 1], samples=2)
+    logprobs, ref = torch.randn(13), torch.randn(13)
     scores, eta = torch.randn(4), torch.rand(4)
-    probs = torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 0]])
-    kl = ((logprobs - ref) * mask).sum(1)
+    kl = torch.stack([part.sum() for part in (logprobs - ref).split(lengths)])
     total = scores - eta * kl
-    seen = forward.Forward(logprobs, logprobs, ref, None, None, None)
+    mask = torch.ones(4, 5, dtype=torch.bool) & (torch.arange(5) < torch.tensor(lengths)[:, None])
+    padded = (sequences.padded(x) for x in (logprobs, ref))
+    penalised = gikernels.experience(*padded, None, scores, mask, eta).returns[mask]
+    torch.testing.assert_close(penalised, total.repeat_interleave(torch.tensor(lengths)))
 
-    def advantages(*overrides):
+    def advantages(*overrides, group=None):
         config, _ = fresh("ppo.samples_per_prompt=2", *overrides)
-        return experience.estimate(config, seen, scores, mask, eta, probs, 2).advantages
+        return experience.among_samples(config, sequences, penalised, group, 2, answers)
+
+    def on_tokens(x):
+        return x.repeat_interleave(torch.tensor(lengths))
 
     pairs = total.view(2, 2)
     want = ((pairs - pairs.mean(1, keepdim=True)) / (pairs.std(1, keepdim=True) + 1e-6)).view(4)
     got = advantages("ppo.advantages=group_norm")
-    torch.testing.assert_close(got, want[:, None] * mask)
+    torch.testing.assert_close(got, on_tokens(want))
     got = advantages("ppo.advantages=leave_one_out")
-    torch.testing.assert_close(got, (pairs - pairs.flip(1)).view(4, 1) * mask)
-    got = advantages("ppo.advantages=group_norm", "ppo.norm=group")
+    torch.testing.assert_close(got, on_tokens((pairs - pairs.flip(1)).view(4)))
+    group = torch.tensor([0, 0, 1, 0], dtype=torch.int32)
+    got = advantages("ppo.advantages=group_norm", "ppo.norm=group", group=group)
     easy = total[[0, 1, 3]]
     want = torch.zeros(4)
     want[[0, 1, 3]] = (easy - easy.mean()) / (easy.std() + 1e-6)  # a group of one gets 0
-    torch.testing.assert_close(got, want[:, None] * mask)
+    torch.testing.assert_close(got, on_tokens(want))
 
 
 def test_no_critic_is_made_where_nothing_needs_it(fresh):
@@ -343,7 +354,7 @@ def test_importance_weights_reach_the_policy_loss(fresh, monkeypatch, kind):
     """An engine that says every token was half as probable as it was: weights of 2, or the cap."""
     losses = {}
     for name in ("none", kind):
-        options = ["rollout.logprob_bound=1", "ppo.importance_cap=3"]
+        options = ["rollout.logprob_bound=100", "ppo.importance_cap=3"]
         config, run = fresh(f"ppo.importance={name}", *options)
         t = build.Setup.of(config, run)
         generate = t.actors.engine.generate

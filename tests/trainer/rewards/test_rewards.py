@@ -35,7 +35,7 @@ def rewards(tmp_path, monkeypatch):
 
 
 PROMPTS = [SimpleNamespace(text=f"prompt {i}", meta={"w": i}, ids=[5], domain=None) for i in (1, 2)]
-SEQUENCES = Sequences.of([[5, 6, 11, 12, 3]] * 2, [[11, 12, 1], [12, 1]], 0)
+SEQUENCES = Sequences.of([[5, 6, 11, 12, 3]] * 2, [[11, 12, 1], [12, 1]])
 
 
 def scorer(*overrides, model=None):

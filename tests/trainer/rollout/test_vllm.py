@@ -144,7 +144,7 @@ def test_weights_come_in_the_engines_dtype_tied_ones_once(config):
     expected = dict(policy.model.named_parameters())
     assert engine.vllm.weights.keys() == expected.keys()
     for name, tensor in engine.vllm.weights.items():
-        assert torch.equal(tensor, expected[name].bfloat16())
+        assert torch.equal(tensor, parallel.whole(expected[name]).bfloat16())
 
 
 def test_limits_and_seeds_of_requests(config):

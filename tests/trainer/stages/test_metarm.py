@@ -50,8 +50,8 @@ class Small(torch.nn.Module):
         self.out = torch.nn.Parameter(torch.randn(5, generator=generator).double())
 
     def forward(self, sequences: Sequences):
-        mask = torch.arange(sequences.tokens.shape[1]) < sequences.lengths.unsqueeze(1)
-        return torch.tanh((self.table[sequences.tokens] * mask.unsqueeze(2)).sum(1)) @ self.out
+        rows = self.table[sequences.tokens].split(sequences.lengths.tolist())
+        return torch.tanh(torch.stack([row.sum(0) for row in rows])) @ self.out
 
 
 def some_pairs(count):
@@ -70,7 +70,7 @@ def some_answers(prompts, k):
     draw = torch.Generator().manual_seed(2)
     ask = [[i + 5] * (i % 3 + 1) for i in range(prompts) for _ in range(k)]
     say = [torch.randint(5, 32, (i % 4 + 1,), generator=draw).tolist() for i in range(prompts * k)]
-    return Sequences.of(ask, say, 0)
+    return Sequences.of(ask, say)
 
 
 def step_config(variant, k, *overrides):
@@ -91,7 +91,7 @@ def gradient_by_hand(model, variant, pairs, answers, k, eta):
 
     def loss():
         both = [
-            model(Sequences.of([p.prompt_ids for p in pairs], list(side), 0))
+            model(Sequences.of([p.prompt_ids for p in pairs], list(side)))
             for side in zip(*((p.chosen_ids, p.rejected_ids) for p in pairs))
         ]
         return -F.logsigmoid(both[0] - both[1]).mean()
@@ -127,7 +127,7 @@ def gradient_by_hand(model, variant, pairs, answers, k, eta):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_is_the_formula_in_float64(variant, k):
     model, pairs, answers = Small(), some_pairs(7), some_answers(3, k)
-    both = reward_model.both_answers(pairs, 0)
+    both = reward_model.both_answers(pairs)
     before = [p.detach().clone() for p in model.parameters()]
     want = gradient_by_hand(model, variant, pairs, answers, k, 0.3)
     averages = Averages()
@@ -142,9 +142,8 @@ def test_a_step_is_the_formula_in_float64(variant, k):
 def test_equal_rewards_pull_nowhere(variant):
     """J has no direction then: a plain step, and no NaN from its norm."""
     model, pairs, answers = Small(), some_pairs(4), some_answers(3, 3)
-    same = Sequences(answers.tokens[:1].expand(9, -1), answers.prompt_lengths[:1].expand(9),
-                     answers.lengths[:1].expand(9))  # fmt: skip
-    both = reward_model.both_answers(pairs, 0)
+    same = answers.rows(torch.zeros(9, dtype=torch.long))
+    both = reward_model.both_answers(pairs)
     metarm.meta_step(step_config(variant, 3), model, pairs, both, same, Averages())
     for p, gradient in zip(
         model.parameters(), gradient_by_hand(model, "none", pairs, same, 3, 0.3)
@@ -162,7 +161,7 @@ def test_a_crash_inside_the_ascent_restores_theta(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(reward_model, "backward", crash)
-    both = reward_model.both_answers(pairs, 0)
+    both = reward_model.both_answers(pairs)
     with pytest.raises(KeyboardInterrupt):
         metarm.meta_step(step_config("literal", 3), model, pairs, both, answers, Averages())
     assert moved == [True, True]
@@ -172,10 +171,10 @@ def test_a_crash_inside_the_ascent_restores_theta(monkeypatch):
 def flat_gradient(config, folder, eta, variant="literal"):
     """Of one meta step of a real reward model, on pairs and answers made up."""
     config = config.override([f"metarm.step={eta!r}", f"metarm.variant={variant}"])
-    model = loading.load_reward_model(str(folder), config)
+    model = loading.load_reward_model(str(folder), config, trained=True)
     pairs, answers = some_pairs(7), some_answers(3, 5)
     before = [parallel.local(p).detach().clone() for p in model.parameters()]
-    both = reward_model.both_answers(pairs, 0)
+    both = reward_model.both_answers(pairs)
     metarm.meta_step(config, model, pairs, both, answers, Averages())
     now = [parallel.local(p).detach() for p in model.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(now, before))
@@ -335,7 +334,7 @@ def test_figures_by_hand(unbroken, monkeypatch):
     t = metarm.Setup.of(tiny.config(unbroken, *SMALL), RunFolder(unbroken))
     answers = metarm.Answers(
         prompts=[t.test_prompts[0]] * 6,
-        sequences=Sequences.of([[5]] * 6, [[9], [10], [9], [11], [12], [13]], 0),
+        sequences=Sequences.of([[5]] * 6, [[9], [10], [9], [11], [12], [13]]),
         samples=3,
         kl=torch.zeros(6),
         gold=torch.tensor([1.0, 0.0, 1.0, 0.5, 0.5, 0.2]),
