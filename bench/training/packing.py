@@ -3,19 +3,21 @@
     python -m bench.training.packing [hidden] [layers]
 
 Three ways through the same sequences: padded in micro-batches as they come, padded in the trainer's
-micro-batches (sorted by length), packed. Interleaved; medians.
+micro-batches (sorted by length), packed; and prompts with four answers each, every prompt computed
+for each of them or once. Interleaved; medians.
 """
 
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from trainer.batch.sequences import Sequences, micro_batches
 from trainer.models import packing
-from trainer.models.policy import Policy
+from trainer.models.policy import Policy, log_probabilities
 
 
 def main(hidden: int = 256, layers: int = 4) -> None:
@@ -36,37 +38,48 @@ def main(hidden: int = 256, layers: int = 4) -> None:
     # Lengths of real answers: many short ones, a few long.
     lengths = (torch.randn(64) * 0.9 + 4).exp().clamp(8, 512).int().tolist()
     draw = [torch.randint(1, 512, (n,)).tolist() for n in lengths]
-    sequences = Sequences.of([x[:4] for x in draw], [x[4:] for x in draw], 0).to(device)
+    alone = Sequences.of([x[:4] for x in draw], [x[4:] for x in draw])
+    asked = [torch.randint(1, 512, (128,)).tolist() for _ in range(16)]
+    four = [prompt for prompt in asked for _ in range(4)]
+    same = {shared: Sequences.of(four, [x[4:] for x in draw], shared) for shared in (False, True)}
     budget, tokens = 4096, sum(lengths)
+    by_length = micro_batches(lengths, budget)
+    ways = {
+        "padded": (alone, torch.arange(64).split(max(1, budget // max(lengths)))),
+        "padded, sorted": (alone, by_length),
+        "packed": (alone, by_length),
+        "packed, 4 answers each": (same[False], [p.rows for p in same[False].pieces(budget)]),
+        "packed, prompts shared": (same[True], [p.rows for p in same[True].pieces(budget)]),
+    }
 
-    def run(pieces) -> float:
+    def run(sequences: Sequences, pieces: Iterable[torch.Tensor]) -> float:
         began = time.perf_counter()
         for rows in pieces:
-            (policy(sequences.rows(rows)).logprobs.sum() / tokens).backward()
+            stats = policy(sequences.rows(rows), log_probabilities())
+            (stats.logprobs.sum() / sequences.count).backward()
         policy.zero_grad()
         if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    as_they_come = torch.arange(64, device=device).split(max(1, budget // max(lengths)))
-    by_length = micro_batches(sequences.lengths, budget)
-    ways = {"padded": as_they_come, "padded, sorted": by_length, "packed": by_length}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(6):
-        for name, pieces in ways.items():
-            if name == "packed":
+        for name, (sequences, pieces) in ways.items():
+            if name.startswith("packed"):
                 packing.use_packed(model)
             else:
                 model.set_attn_implementation("sdpa")
-            seconds[name].append(run(pieces))
+            seconds[name].append(run(sequences, pieces))
     padding = len(lengths) * max(lengths) / tokens
     which = packing.kernel(device, next(model.parameters()).dtype)
     print(f"{device}, {tokens} tokens in {len(lengths)} sequences, padded to {padding:.2f} times")
-    first = statistics.median(seconds["padded"][1:])
     for name, all_seconds in seconds.items():
-        median = statistics.median(all_seconds[1:])
-        kind = f" ({which})" if name == "packed" else ""
-        print(f"{name + kind:<24} {tokens / median:>10.0f} tokens/s   {first / median:.2f}x")
+        median, count = statistics.median(all_seconds[1:]), len(ways[name][0].tokens)
+        first = statistics.median(
+            seconds["padded" if count == tokens else "packed, 4 answers each"][1:]
+        )
+        kind = f" ({which})" if name.startswith("packed") else ""
+        print(f"{name + kind:<34} {count / median:>10.0f} tokens/s   {first / median:.2f}x")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from gikernels.backends import checks, dispatch
 def autocast(x: Tensor) -> Tensor:
     """As F.linear does under autocast: float64 stays. The logits are not rounded, though."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
         return x
     return x.to(torch.get_autocast_dtype(kind))
 

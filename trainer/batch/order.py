@@ -36,5 +36,9 @@ def batch_indices(count: int, size: int, step: int, *seed: object) -> list[int]:
     A pure function of the step, so that a resumed run neither skips nor repeats data. Batches run
     over the end of an epoch into the next.
     """
-    places = range(step * size, (step + 1) * size)
+    return in_order(count, range(step * size, (step + 1) * size), *seed)
+
+
+def in_order(count: int, places: range, *seed: object) -> list[int]:
+    """The examples at these places of an order that goes through all of them, epoch by epoch."""
     return [int(_epoch(count, place // count, seed)[place % count]) for place in places]

@@ -223,8 +223,12 @@ class Groups(Section, at="groups"):
         want="a share, 0 to 1",
         basic=True,
     )
-    pool: int = key(
-        4, "Prompts that the head looks at for each one that is drawn, where focus > 0.", low=2
+    pool: int = key(8, "Prompts to choose from for each one that is drawn, where focus > 0.", low=2)
+    refresh: int = key(
+        16,
+        "Steps that renew the pool: so old is what the head said of a prompt at most; 1: a new "
+        "pool at every step, and the cost of the head's look at all of it.",
+        low=1,
     )
     performance: Literal["raw", "over_reference", "quantile", "rating"] = key(
         "over_reference",
@@ -233,6 +237,12 @@ class Groups(Section, at="groups"):
     )
     reference_answers: int = key(
         4, "Answers of the reference policy to each prompt, for over_reference and quantile.", low=1
+    )
+    reference_cache: str = key(
+        "",
+        "Folder in which runs share the scores of reference answers; empty: in the run folder, for "
+        "the run and its baselines.",
+        result=False,
     )
     on: Literal["prompt", "response"] = key(
         "prompt", "Which token the head reads: the prompt's last, or the answer's."

@@ -14,6 +14,7 @@ from trainer.data.sources import load_prompts
 from trainer.models import loading, sources
 from trainer.models.critic import Critic
 from trainer.models.policy import Policy
+from trainer.ppo.asked import Asked
 from trainer.ppo.evaluate import Evaluator
 from trainer.ppo.groups import Groups
 from trainer.ppo.reference_scores import ReferenceScores
@@ -73,6 +74,8 @@ class Signals:
     normaliser: Normaliser
     groups: Groups
     reference_scores: ReferenceScores
+    asked: Asked
+    """What the head said of prompts."""
     judge: Judge | None
     """Gold, for metrics."""
 
@@ -99,7 +102,8 @@ class Setup:
             scorer=Scorer(config, tokenizer, reward, reward_tokenizer),
             normaliser=Normaliser(config),
             groups=groups,
-            reference_scores=ReferenceScores(config, len(prompts)),
+            reference_scores=ReferenceScores(config, run, prompts),
+            asked=Asked(config, len(prompts), groups.num),
             judge=make_judge(config, config.data.prompts),
         )
         return Setup(
@@ -129,6 +133,7 @@ def train_state(actors: Actors, signals: Signals, guard: Guard) -> TrainState:
             "normaliser": signals.normaliser,
             "groups": signals.groups,
             "reference_scores": signals.reference_scores,
+            "asked": signals.asked,
             "guard": guard,
         },
     )

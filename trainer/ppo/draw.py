@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from trainer import parallel
 from trainer.batch.order import batch_indices
@@ -47,21 +48,25 @@ class Answers:
 
 def draw(t: Setup, step: int) -> list[int]:
     """Places of this step's prompts: the next ones, or those of a pool that the groups ask for."""
-    ppo, seed = t.config.ppo, t.config.run.seed
+    ppo, groups, seed = t.config.ppo, t.signals.groups, t.config.run.seed
     if not focused(t, step):
         return batch_indices(len(t.prompts), ppo.prompts_per_step, step, seed, "ppo")
-    size = ppo.prompts_per_step * t.config.groups.pool
-    pool = batch_indices(len(t.prompts), size, step, seed, "ppo")
-    prompts = [t.prompts[i] for i in pool]
+    pool = t.signals.asked.pool(step)
     logits = None
-    if t.signals.groups.has_head:  # it reads the prompt's last token; what follows does not matter
-        end = t.tokenizer.eos_token_id
-        logits = t.group_logits(Sequences.of([p.ids for p in prompts], [[end]] * size))
-    weights = t.signals.groups.drawing_weights(logits, prompts)
+    if groups.has_head:
+        logits = t.signals.asked.ask(pool, step, lambda new: judged(t, new))
+    weights = groups.drawing_weights(logits, [t.prompts[i] for i in pool])
     taken = torch.multinomial(
         weights.cpu(), ppo.prompts_per_step, generator=parallel.generator(seed, "draw", step)
     )
     return [pool[i] for i in taken.tolist()]
+
+
+def judged(t: Setup, places: list[int]) -> Tensor:
+    """(places, M): what the head says of these prompts. It reads a prompt's last token, and a first
+    token of an answer, which nobody reads, stands for the answer."""
+    end = [t.tokenizer.eos_token_id]
+    return t.group_logits(Sequences.of([t.prompts[i].ids for i in places], [end] * len(places)))
 
 
 def focused(t: Setup, step: int) -> bool:

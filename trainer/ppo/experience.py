@@ -86,7 +86,10 @@ def assess(t: Setup, answers: Answers, raw: dict[str, Tensor], seen: View, step:
         t.signals.reference_scores.of(answers.chosen, answers.samples),
         normaliser.scale,
     )
-    if not focused(t, step):
+    if focused(t, step):
+        if seen.group_logits is not None:  # of each prompt's first answer; it reads the prompt
+            t.signals.asked.tell(answers.chosen, seen.group_logits[:: answers.samples], step)
+    else:
         groups.cut(seen.group_logits)
     probs = groups.observe(groups.probs(seen.group_logits, answers.prompts), returns)
     kl_coef = groups.kl_coefs(probs)

@@ -45,9 +45,7 @@ def iteration(t: Setup, step: int) -> Metrics:
 
     with timer("draw"):  # x ~ D: the next prompts, or those that the groups ask for
         chosen = draw(t, step)
-        signals.reference_scores.fill(
-            engine, actors.reference, signals.scorer, t.prompts, chosen, step
-        )
+        signals.reference_scores.fill(engine, actors.reference, signals.scorer, t.prompts, chosen)
     with timer("sync"):
         engine.sync(policy, step)
     with timer("rollout"):  # y ~ pi

@@ -2,7 +2,7 @@
 
     engine = make_engine(config, tokenizer)
     engine.sync(policy, step)                               # after every update of the weights
-    rollout = engine.generate(prompts, samples, generator)  # row i * samples + k: sample k of i
+    rollout = engine.generate(prompts, samples, draws)  # row i * samples + k: sample k of i
     engine.rest()                                           # the trainer wants the memory
 
 An engine samples from the policy itself (top-p 1, the config's temperature), stops after EOS or a
@@ -12,6 +12,7 @@ own after every sync. What differs by less than the bound, importance weights ca
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,12 +66,21 @@ class Engine(Protocol):
     def sync(self, policy: Policy, step: int | None = None) -> None:
         """Sample from these weights from now on; `step` is what they are of, for messages."""
 
-    def generate(
-        self, prompts: list[list[int]], samples: int, generator: torch.Generator
-    ) -> Rollout: ...
+    def generate(self, prompts: list[list[int]], samples: int, draws: Draws) -> Rollout: ...
 
     def rest(self) -> None:
         """Nothing is sampled before the next sync: give back the memory that can be."""
+
+
+Draws = torch.Generator | Sequence[torch.Generator]
+"""Randomness of all answers, or of each prompt's own: then they do not depend on their company."""
+
+
+def drawn(draws: Draws, make: Callable[[int, torch.Generator], Tensor], count: int) -> Tensor:
+    """make(rows, generator) for `count` rows of one generator, or for equal shares of several."""
+    if isinstance(draws, torch.Generator):
+        return make(count, draws)
+    return torch.cat([make(count // len(draws), each) for each in draws])
 
 
 class LogprobMismatch(RuntimeError):

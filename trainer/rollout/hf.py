@@ -15,7 +15,7 @@ from trainer import parallel
 from trainer.config import Config
 from trainer.models import loading
 from trainer.models.policy import Policy
-from trainer.rollout.engine import Rollout, Sync, end_tokens, gathered, next_sync
+from trainer.rollout.engine import Draws, Rollout, Sync, drawn, end_tokens, gathered, next_sync
 
 
 class HuggingFaceEngine:
@@ -41,9 +41,7 @@ class HuggingFaceEngine:
         """The cache lives for one batch only: there is nothing to give back."""
 
     @torch.no_grad()
-    def generate(
-        self, prompts: list[list[int]], samples: int, generator: torch.Generator
-    ) -> Rollout:
+    def generate(self, prompts: list[list[int]], samples: int, draws: Draws) -> Rollout:
         """Row i * samples + k is sample k of prompts[i].
 
         All uniform numbers are drawn at once, on the CPU: how prompts are batched, and on which
@@ -54,7 +52,8 @@ class HuggingFaceEngine:
         limit = self.config.rollout.max_new_tokens
         count = len(prompts) * samples
         # in (0, 1]: a token of probability 0 is never drawn
-        uniform = (1 - torch.rand(count, limit, generator=generator)).to(parallel.device())
+        uniform = drawn(draws, lambda n, own: torch.rand(n, limit, generator=own), count)
+        uniform = (1 - uniform).to(parallel.device())
         # Prompts of nearly equal length together: padding on the left is little.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         ranks = parallel.world_size()

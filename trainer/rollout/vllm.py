@@ -27,7 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trainer import parallel
 from trainer.config import Config, ConfigError
 from trainer.models.policy import Policy
-from trainer.rollout.engine import Rollout, Sync, end_tokens, gathered, next_sync
+from trainer.rollout.engine import Draws, Rollout, Sync, drawn, end_tokens, gathered, next_sync
 from trainer.rollout.watchdog import Watchdog
 from trainer.rollout.weights import whole_weights
 from trainer.runs.checkpoint import RandomStates
@@ -100,15 +100,15 @@ class VllmEngine:
         with _OneClearError("go to sleep"), self.watchdog("going to sleep"):
             self.vllm.sleep()
 
-    def generate(
-        self, prompts: list[list[int]], samples: int, generator: torch.Generator
-    ) -> Rollout:
+    def generate(self, prompts: list[list[int]], samples: int, draws: Draws) -> Rollout:
         """Row i * samples + k is sample k of prompts[i]."""
         vllm = self.vllm
         assert vllm is not None and not vllm.asleep, "sync() first"
         limit = self.config.rollout.max_new_tokens
         count = len(prompts) * samples
-        seeds = torch.randint(2**62, (count,), generator=generator).tolist()
+        seeds = drawn(
+            draws, lambda n, own: torch.randint(2**62, (n,), generator=own), count
+        ).tolist()
         mine = range(self.engine, len(prompts), self.engines)
         rows = [i * samples + k for i in mine for k in range(samples)]
         requests = [

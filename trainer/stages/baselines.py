@@ -92,6 +92,10 @@ def _inner(config: Config, run: RunFolder, name: str, threads: int) -> Config:
     return dataclasses.replace(
         inner,
         run=dataclasses.replace(inner.run, stages=("ppo",), output=output, threads=threads),
+        groups=dataclasses.replace(
+            inner.groups,
+            reference_cache=inner.groups.reference_cache or str(run.path / "reference_scores"),
+        ),
         model=dataclasses.replace(
             inner.model,
             policy=sources.policy_source(config, run),

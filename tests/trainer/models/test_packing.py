@@ -2,11 +2,22 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
 
+import gikernels
+from trainer.batch import sequences as sequences_module
 from trainer.batch.sequences import Sequences
 from trainer.models import packing
+from trainer.models.critic import Critic
 from trainer.models.policy import Policy, log_probabilities
+from trainer.models.reward import RewardModel
 
 SIZES = {
     "vocab_size": 40,
@@ -94,3 +105,60 @@ def test_kernels_of_a_gpu(name):
     torch.testing.assert_close(
         policy(sequences, log_probabilities()).logprobs, want, atol=5e-2, rtol=0
     )
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_models_ask_a_device_nothing(monkeypatch, shared):
+    """On the meta device any question about a value is an error: forward and backward of policy,
+    critic and reward model need none. The in-op loss stands as one call here; what it asks of a
+    GPU is its own affair."""
+    monkeypatch.setattr(sequences_module.parallel, "device", lambda: torch.device("meta"))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(MODELS["llama"], attn_implementation="sdpa")
+        critic = Critic(AutoModel.from_config(MODELS["llama"]), 32, 4, "response")
+        classify = AutoModelForSequenceClassification.from_config(
+            LlamaConfig(**SIZES, num_labels=1)
+        )
+    policy, reward = Policy(model.train()), RewardModel(classify, "pooled")
+    for body in (model, critic.body, classify):
+        assert packing.use_packed(body)
+    prompts = [[5, 6, 7]] * 4 + [[8, 9]] * 4
+    sequences = Sequences.of(prompts, [[11] * n for n in (1, 4, 2, 7, 3, 3, 1, 5)], shared)
+
+    def ask(hidden, head, targets):
+        like = torch.zeros(len(hidden), device="meta")
+        return gikernels.linear_policy_loss(
+            hidden, head.weight, targets, like, like, mask=like.bool(), denom=26
+        )
+
+    for rows, _ in sequences.pieces(20):
+        part, where = sequences.rows(rows), sequences.flat(rows)
+        assert where.device.type == "meta"
+        policy(part, ask).loss.backward()
+        values, groups = critic(part)
+        (values.sum() + groups.sum() + reward(part).sum()).backward()
+    every = [*policy.parameters(), *critic.parameters(), *reward.parameters()]
+    assert all(p.grad is not None for p in every)
+
+
+def test_compiled_blocks_need_no_graph_for_each_number_of_sequences():
+    """As model.compile does it: each block by itself, lengths of all kinds, at most two graphs."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = AutoModelForCausalLM.from_config(MODELS["llama"], attn_implementation="sdpa")
+    packing.use_packed(model)
+    policy, graphs = Policy(model), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    want = policy(ragged(9), log_probabilities()).logprobs
+    for block in model.model.layers:
+        block.compile(backend=count)
+    with torch._dynamo.config.patch(error_on_recompile=False, recompile_limit=3):
+        for size in (9, 5, 17, 9, 3, 12, 7, 30, 2, 21):
+            policy(ragged(size), log_probabilities())
+        found = policy(ragged(9), log_probabilities()).logprobs
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=0)
+    assert len(graphs) <= 2 * len(model.model.layers), len(graphs)

@@ -266,20 +266,72 @@ def test_the_head_chooses_prompts_by_what_it_says_of_them(fresh):
 
 
 def test_reference_answers_are_sampled_once_for_each_prompt_that_is_met(fresh, monkeypatch):
-    config, run = fresh("groups.performance=over_reference", "groups.reference_answers=2")
+    """By whichever run meets it first: what a prompt scores does not depend on its company."""
+    options = [
+        "groups.performance=over_reference",
+        "groups.reference_answers=2",
+        "run.stages=[ppo]",
+    ]
+    asked, first = [], None
+    for number in range(2):
+        config, run = fresh(*options, f"run.seed={100 + number}")
+        first = first or run  # the same models: the same files
+        config = config.override([
+            f"model.policy={first.model('sft')}",
+            f"model.reward={first.model('rm')}",
+            f"groups.reference_cache={first.path / 'shared'}",
+        ])  # fmt: skip
+        t, new = build.Setup.of(config, run), []
+        generate = t.actors.engine.generate
+
+        def recording(prompts, samples, draws, generate=generate, new=new):
+            if samples == 2:
+                new.extend(map(tuple, prompts))
+            return generate(prompts, samples, draws)
+
+        monkeypatch.setattr(t.actors.engine, "generate", recording)
+        for step in range(3):
+            loop.iteration(t, step)
+        scores = t.signals.reference_scores
+        met = (~scores.scores[:, 0].isnan()).nonzero()[:, 0].tolist()
+        asked.append((new, {scores.names[i]: scores.scores[i].tolist() for i in met}))
+    (new, known), (new_too, known_too) = asked
+    assert 32 <= len(new) <= 64 and len(set(new)) == len(known)
+    assert len(known_too) > len(new_too)  # the second run found some in the file
+    both = known.keys() & known_too.keys()
+    assert both and all(known[name] == known_too[name] for name in both)
+    # a third, with a file of its own, samples what the first has sampled, in other company
+    alone = build.Setup.of(config.override(["groups.reference_cache=''"]), run)
+    scores = alone.signals.reference_scores
+    some = [i for i, name in enumerate(scores.names) if name in known][:7]
+    models = (alone.actors.engine, alone.actors.reference, alone.signals.scorer)
+    scores.fill(*models, alone.prompts, some)
+    for i in some:
+        assert scores.scores[i].tolist() == pytest.approx(known[scores.names[i]], abs=1e-5)
+
+
+def test_the_head_is_asked_about_a_prompt_once_in_a_while(fresh):
+    """A pool that moves on: new prompts are asked about, the others are known; a prompt that was
+    taken is judged anew with its answers. What is known goes with the checkpoints."""
+    config, run = fresh("toy.prompts=512", "groups.pool=4", "groups.refresh=4")
     t = build.Setup.of(config, run)
-    asked, generate = [], t.actors.engine.generate
-
-    def recording(prompts, samples, draws):
-        if samples == 2:
-            asked.extend(map(tuple, prompts))
-        return generate(prompts, samples, draws)
-
-    monkeypatch.setattr(t.actors.engine, "generate", recording)
-    for step in range(3):
+    asked, head = [], t.group_logits
+    t.group_logits = lambda sequences: asked.append(len(sequences)) or head(sequences)
+    pools = []
+    for step in range(8):
+        pools.append(set(t.signals.asked.pool(step)))
         loop.iteration(t, step)
-    known = ~t.signals.reference_scores.scores[:, 0].isnan()
-    assert len(asked) == int(known.sum()) and 32 <= len(asked) <= 64
+    assert asked[0] == 128 and asked[1:4] == [32] * 3  # a quarter of the pool is new
+    assert len(pools[0] & pools[1]) == 96 and not pools[0] & pools[4]
+    known = t.signals.asked
+    pool = known.pool(7)
+    assert (known.steps[pool] > 7 - 4).all()  # no older than that
+    fresh_ones = known.steps == 7
+    assert 32 <= int(fresh_ones.sum()) <= 64  # those that came, and those that were taken
+    other = build.Setup.of(config, run).signals.asked
+    assert not torch.equal(other.logits, known.logits)
+    other.load_state_dict(known.state_dict())
+    assert torch.equal(other.logits, known.logits) and other.pool(7) == pool
 
 
 # --- without a critic ---
