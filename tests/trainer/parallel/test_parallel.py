@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from tests.trainer import children, tiny
 from tests.trainer.runs.test_checkpoint import SMALL, assert_equal_runs, results
 from trainer import parallel
-from trainer.batch.sequences import shares
+from trainer.batch.sequences import Sequences, shares
+from trainer.models import loading
+from trainer.models.policy import log_probabilities
 from trainer.ppo import build, loop
 from trainer.runs.checkpoint import steps_in
 from trainer.runs.faults import Guard
@@ -110,6 +112,44 @@ def test_sigterm_to_one_rank_is_obeyed_by_all_after_the_step(tmp_path):
     assert codes == [1, 1]  # an exception here; on the command line it is one line and code 143
     assert list(steps_in(RunFolder(tmp_path).checkpoints("sft"))) == [2]
     assert [line["step"] for line in read_lines(RunFolder(tmp_path).metrics)] == [1, 2]
+
+
+def gradient_of_a_policy(folder, output, dtype, budget):
+    """Of the log-probabilities of made-up answers, whole and in float64; written by rank 0."""
+    config = tiny.config(output, f"model.dtype={dtype}")
+    policy = loading.load_policy(str(folder), config, trained=True).train()
+    draw = torch.Generator().manual_seed(0)
+    rows = [
+        torch.randint(5, 30, (n,), generator=draw).tolist() for n in range(2, 26) for _ in (0, 1)
+    ]
+    sequences = Sequences.of(rows[::2], rows[1::2])
+    for piece, weight in sequences.pieces(budget):
+        stats = policy(sequences.rows(piece), log_probabilities())
+        (weight * stats.logprobs.sum() / sequences.count).backward()
+    grads = [parallel.whole(p.grad).flatten().double() for p in policy.parameters()]
+    if parallel.is_main():
+        torch.save(torch.cat(grads), output)
+
+
+def test_ranks_and_micro_batches_in_bfloat16_are_within_its_own_error(base, tmp_path):
+    """One path: one rank and two, one batch and many, compute the same to rounding; and bfloat16's
+    rounding is what it is."""
+    found = {}
+    for name, ranks, dtype, budget in (
+        ("exact", 1, "float32", 10_000),
+        ("one", 1, "bfloat16", 10_000),
+        ("pieces", 1, "bfloat16", 60),
+        ("two", 2, "bfloat16", 10_000),
+    ):
+        output = tmp_path / name
+        arguments = (gradient_of_a_policy, base.model("sft"), output, dtype, budget)
+        assert children.run_ranks(ranks, *arguments) == [0] * ranks
+        found[name] = torch.load(output)
+    exact = found.pop("exact")
+    errors = {name: float((each - exact).norm() / exact.norm()) for name, each in found.items()}
+    assert all(1e-4 < error < 0.03 for error in errors.values()), errors
+    apart = {name: float((found[name] - found["one"]).norm() / exact.norm()) for name in found}
+    assert all(distance <= 1.5 * errors["one"] for distance in apart.values()), (apart, errors)
 
 
 def test_bfloat16_on_two_ranks(base, tmp_path):
