@@ -69,7 +69,8 @@ def aot_case(
     fn: Any, name: str, types: dict[str, str], constexprs: dict[str, Any], **options: Any
 ) -> dict[str, Any]:
     """What triton.compile(ASTSource(...)) wants. Unless `types` says otherwise, arguments are fp32
-    pointers, or int32 where the name is in capitals or that of a stride; all multiples of 16."""
+    pointers, or int32 where the name is in capitals or that of a stride; multiples of 16, where a
+    launch would tell the compiler."""
     signature, attrs = {}, {}
     for i, arg in enumerate(fn.arg_names):
         if arg in constexprs:
@@ -77,7 +78,7 @@ def aot_case(
             continue
         integer = arg.isupper() or arg.endswith(("_s", "_t")) or arg in ("n", "ignore_index")
         signature[arg] = types.get(arg, "i32" if integer else "*fp32")
-        if signature[arg] != "fp32" and arg != "ignore_index":
+        if signature[arg] not in ("fp32", "fp64") and not fn.params[i].do_not_specialize:
             attrs[(i,)] = [["tt.divisibility", 16]]
     return {
         "name": name,

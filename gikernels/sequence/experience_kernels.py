@@ -15,7 +15,7 @@ from gikernels.backends import grid
 from gikernels.sequence import experience_parts as parts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rewards_s", "values_s", "mask_s", "S", "T"])
 def gae_kernel(
     rewards,  # (S, T)
     rewards_s,
@@ -31,13 +31,14 @@ def gae_kernel(
     returns,  # (S, T) out, contiguous
     S,
     T,
-    GAMMA: tl.constexpr,
-    LAM: tl.constexpr,
+    gamma: tl.float64,
+    lam: tl.float64,
     HAS_LAST: tl.constexpr,
     ROWS: tl.constexpr,
     BT: tl.constexpr,
     STAT: tl.constexpr,
 ):
+    gamma, lam = tl.full((), gamma, STAT), tl.full((), lam, STAT)
     seq = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start, length = parts.extent(seq, S, T, 0, seq, False)
     next_advantage = tl.zeros((ROWS,), STAT)
@@ -54,14 +55,26 @@ def gae_kernel(
         value = parts.load(values, values_s, values_t, seq, start, t, inside, False).to(STAT)
         value = tl.where(keep, value, 0.0)
         advantage, next_advantage, next_value = parts.gae_tile(
-            tl.where(keep, reward, 0.0), value, keep, next_advantage, next_value, GAMMA, LAM
+            tl.where(keep, reward, 0.0), value, keep, next_advantage, next_value, gamma, lam
         )
         out = start[:, None] + t[None, :]
         tl.store(advantages + out, advantage, mask=inside)
         tl.store(returns + out, advantage + value, mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "logprobs_s",
+        "ref_s",
+        "values_s",
+        "kept_s",
+        "S",
+        "T",
+        "N",
+        "G",
+        "ignore_index",
+    ]
+)
 def experience_kernel(
     logprobs,  # (S, T) or (N); or the exact KL
     logprobs_s,
@@ -94,9 +107,9 @@ def experience_kernel(
     N,
     G,
     ignore_index,
-    GAMMA: tl.constexpr,
-    LAM: tl.constexpr,
-    EPS: tl.constexpr,
+    gamma: tl.float64,
+    lam: tl.float64,
+    eps: tl.float64,
     ESTIMATOR: tl.constexpr,  # k1, k2, k3 or exact
     NORM: tl.constexpr,  # none, batch, group
     APPLY: tl.constexpr,  # normalise here, or leave it to normalize_advantages
@@ -110,6 +123,7 @@ def experience_kernel(
     STAT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    gamma, lam = tl.full((), gamma, STAT), tl.full((), lam, STAT)
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     tiles = tl.cdiv(S, ROWS)
@@ -163,7 +177,7 @@ def experience_kernel(
             if HAS_VALUES:
                 value = tl.where(keep, value, 0.0)
                 advantage, next_advantage, next_value = parts.gae_tile(
-                    reward, value, keep, next_advantage, next_value, GAMMA, LAM
+                    reward, value, keep, next_advantage, next_value, gamma, lam
                 )
                 tl.store(advantages + out, advantage, mask=inside)
                 tl.store(returns + out, advantage + value, mask=inside)
@@ -255,7 +269,7 @@ def experience_kernel(
                 count = tl.load(merged + group, mask=known, other=unknown)
                 mean = tl.load(merged + G + group, mask=known, other=unknown)
                 m2 = tl.load(merged + 2 * G + group, mask=known, other=unknown)
-                scale = (1.0 / tl.sqrt(m2 / tl.maximum(count, 1.0) + EPS)).to(STAT)
+                scale = (1.0 / tl.sqrt(m2 / tl.maximum(count, 1.0) + eps)).to(STAT)
                 # In two parts: at an offset of 1e6 one float32 would be wrong by 0.03.
                 high = mean.to(STAT)
                 low = (mean - high.to(tl.float64)).to(STAT)
@@ -270,7 +284,7 @@ def experience_kernel(
                     tl.store(out, tl.where(keep, x, 0.0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "T", "G"])
 def normalize_kernel(
     advantages,  # (n) contiguous
     mask,  # (n) contiguous
@@ -280,7 +294,7 @@ def normalize_kernel(
     n,
     T,
     G,
-    EPS: tl.constexpr,
+    eps: tl.float64,
     BY_ID: tl.constexpr,
     BLOCK: tl.constexpr,
     STAT: tl.constexpr,
@@ -297,6 +311,6 @@ def normalize_kernel(
     mean = tl.load(moments + 3 * group + 1, mask=known, other=unknown).to(STAT)
     m2 = tl.load(moments + 3 * group + 2, mask=known, other=unknown).to(STAT)
     x = tl.load(advantages + i, mask=inside, other=0).to(STAT)
-    x = (x - mean) / tl.sqrt(m2 / tl.maximum(count, 1.0) + EPS)
+    x = (x - mean) / tl.sqrt(m2 / tl.maximum(count, 1.0) + tl.full((), eps, STAT))
     keep = tl.load(mask + i, mask=inside, other=0) != 0
     tl.store(out + i, tl.where(keep, x, 0.0), mask=inside)

@@ -36,8 +36,8 @@ def gae_tile(
     keep,  # (ROWS, BT)
     next_advantage,  # (ROWS), of the nearest unmasked step right of the tile
     next_value,  # (ROWS)
-    GAMMA: tl.constexpr,
-    LAM: tl.constexpr,
+    gamma,
+    lam,
 ):
     zero = tl.zeros_like(values)
     count, first, second = tl.associative_scan(
@@ -45,9 +45,9 @@ def gae_tile(
     )
     following = tl.where(count > 1, second, next_value[:, None])
     # The two values first: they are close to each other, and an offset of both cancels.
-    delta = tl.where(keep, rewards + (GAMMA * following - values), 0.0)
+    delta = tl.where(keep, rewards + (gamma * following - values), 0.0)
     decay, advantage = tl.associative_scan(
-        (tl.where(keep, zero + GAMMA * LAM, 1.0), delta), 1, affine, reverse=True
+        (tl.where(keep, zero + gamma * lam, 1.0), delta), 1, affine, reverse=True
     )
     advantage = advantage + decay * next_advantage[:, None]
     at_start = (tl.arange(0, keep.shape[1]) == 0)[None, :]

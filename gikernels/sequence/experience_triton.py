@@ -66,8 +66,8 @@ def gae(
             *out,
             s,
             t,
-            GAMMA=gamma,
-            LAM=lam,
+            gamma=gamma,
+            lam=lam,
             HAS_LAST=last_values is not None,
             STAT=_scalar_type(out.returns.dtype),
             num_warps=WARPS,
@@ -140,9 +140,9 @@ def experience(
             tokens,
             num_groups,
             ignore_index,
-            GAMMA=gamma,
-            LAM=lam,
-            EPS=eps,
+            gamma=gamma,
+            lam=lam,
+            eps=eps,
             ESTIMATOR=estimator,
             NORM=norm,
             APPLY=apply_norm,
@@ -179,7 +179,7 @@ def normalize(
             n,
             out.shape[1] if out.dim() == 2 else 1,
             len(moments),
-            EPS=eps,
+            eps=eps,
             BY_ID=group_ids is not None,
             BLOCK=TILE,
             STAT=_scalar_type(out.dtype),
@@ -194,12 +194,13 @@ def aot_cases() -> Iterator[dict[str, Any]]:
     """Every kernel as it is launched for fp32 tensors with T a multiple of 16, for a test that
     compiles them for GPUs that the machine does not have."""
     tile = _shape_of_tile(TILE)
-    decay = {"GAMMA": 1.0, "LAM": 0.95, "STAT": tl.float32}
+    numbers = {"gamma": "fp64", "lam": "fp64", "eps": "fp64", "kl_coef": "fp32"}
+    stat = {"STAT": tl.float32}
     yield grid.aot_case(
         gae_kernel,
         "gae",
-        {"mask": "*i1"},
-        {**decay, "HAS_LAST": False, **tile, "rewards_t": 1, "values_t": 1, "mask_t": 1},
+        {"mask": "*i1", **numbers},
+        {**stat, "HAS_LAST": False, **tile, "rewards_t": 1, "values_t": 1, "mask_t": 1},
     )
     for norm, flat, values in (
         ("none", False, True),
@@ -213,7 +214,7 @@ def aot_cases() -> Iterator[dict[str, Any]]:
             f"experience-{norm}{'-flat' * flat}{'-no-critic' * (not values)}",
             {
                 "kept": "*i64" if flat else "*i1",
-                "kl_coef": "fp32",
+                **numbers,
                 "cu_seqlens": "*i64" if flat else "*fp32",
                 "group_ids": "*i64" if norm == "group" else "*fp32",
                 "partials": "*fp64",
@@ -223,9 +224,8 @@ def aot_cases() -> Iterator[dict[str, Any]]:
                 **dict.fromkeys(("logprobs_s", "ref_s", "values_s", "kept_s"), "i32"),
             },
             {
-                **decay,
+                **stat,
                 **dict.fromkeys(("logprobs_t", "ref_t", "values_t", "kept_t"), 1),
-                "EPS": 1e-8,
                 "ESTIMATOR": "k3" if norm == "none" else "k1",
                 "NORM": norm,
                 "APPLY": True,
@@ -242,6 +242,6 @@ def aot_cases() -> Iterator[dict[str, Any]]:
     yield grid.aot_case(
         normalize_kernel,
         "normalize_advantages",
-        {"mask": "*i1", "group_ids": "*i64"},
-        {"EPS": 1e-8, "BY_ID": True, "BLOCK": TILE, "STAT": tl.float32},
+        {"mask": "*i1", "group_ids": "*i64", **numbers},
+        {"BY_ID": True, "BLOCK": TILE, "STAT": tl.float32},
     )

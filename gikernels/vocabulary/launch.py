@@ -201,7 +201,7 @@ def aot_case(
     """What triton.compile needs for a kernel over `product_tile`, at its default configuration.
 
     `others` are the types of the kernel's own arguments. Divisibility is declared as a launch at
-    D 4096, V 128256 would find it: every pointer and every size but N's ragged end.
+    D 4096, V 128256 would find it: every pointer and every size that it is allowed to look at.
     """
     block = blocks(arch, 4 if dtype == "fp32" else 2, 2 if ref else 1, aligned)
     constexprs = {
@@ -237,7 +237,8 @@ def aot_case(
     constexprs |= {k: 1 for k in fn.arg_names if k.endswith(("x_d", "w_d"))}
     constexprs |= {k: None for k, v in types.items() if v is None and k in fn.arg_names}
     signature = {k: "constexpr" if k in constexprs else types.get(k) or "i32" for k in fn.arg_names}
-    ragged = ("N", "splits", "ignore_index") + (() if aligned else ("D", "x_n", "w_v"))
+    ragged = () if aligned else ("D", "x_n", "w_v")
+    ragged += tuple(p.name for p in fn.params if p.do_not_specialize)
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, (k, kind) in enumerate(signature.items())

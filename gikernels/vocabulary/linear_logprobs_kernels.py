@@ -25,7 +25,7 @@ def _load_partial(partials, index, rows, N):
     return tl.load(at, mask=rows < N, other=0.0, cache_modifier=".cg")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits", "ignore_index"])
 def forward_kernel(
     x,  # (N, D), or its descriptor
     w,  # (V, D)
@@ -237,7 +237,7 @@ def _store_dlogits(
     tl.store(at, grad.to(dz.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def dlogits_kernel(
     x,  # (N, D), or its descriptor
     w,  # (V, D)

@@ -27,7 +27,7 @@ from gikernels.vocabulary.policy_loss_terms import Recipe, Tokens, active_rows
 DLOGITS_ROWS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _exps_kernel(
     x,  # (N, D), or its descriptor
     w,  # (V, D)
@@ -111,7 +111,7 @@ def _store_exps(
     tl.store(target_z + rows, picked, mask=here)
     peak, total, weighted = tiles.tile_stats(z)
     at = segments + rows.to(tl.int64) * S + col // raw.shape[1]
-    plane = N.to(tl.int64) * S
+    plane = tl.full((), 1, tl.int64) * N * S
     some = (rows < N) & (col < V)
     tl.store(at, peak, mask=some)
     tl.store(at + plane, total, mask=some)
@@ -122,7 +122,7 @@ def _store_exps(
     tl.store(to, kept, mask=(rows < N)[:, None] & (cols < V)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _dlogits_kernel(
     exps,  # (N, V), rows exps_n apart: read
     dz,  # the same memory, perhaps of another 16-bit type: written

@@ -29,6 +29,7 @@ def compiled(tmp_path_factory):
 
 def test_targets():
     assert TARGETS["sm_80"][0] == GPUTarget("cuda", 80, 32)
+    assert TARGETS["sm_89"][0] == GPUTarget("cuda", 89, 32)
     assert TARGETS["sm_90"][0] == GPUTarget("cuda", 90, 32)
     assert TARGETS["sm_100"][0] == GPUTarget("cuda", 100, 32)
     assert TARGETS["sm_120"][0] == GPUTarget("cuda", 120, 32)
