@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 import gikernels
-from gikernels import BackendUnavailable, dispatch, logprobs, reference
+from gikernels import BackendUnavailable, logprobs, reference
+from gikernels.backends import dispatch
 from gikernels.backends.settings import workspace
 
 # The interpreter's numpy warns where a GPU computes -inf - -inf without a word.
@@ -63,6 +64,22 @@ def assert_as_good_as_plain(logits, targets, backend, grads=None, eps=2e-6, **op
     assert (ours[0] <= 1e-6).all()
     assert gradient.dtype == logits.dtype and all(x.dtype == torch.float32 for x in ours)
     return ours, gradient
+
+
+def test_while_a_graph_is_captured_nobody_waits_for_a_number_of_rows(device, monkeypatch):
+    """In PyTorch; the kernels never wait. All rows stay, blank where they do not count."""
+    logits, targets, ref_logits = inputs((9,), 300, torch.float32, device, ref=True)
+    targets[::3] = -100
+    logits[::3] = NAN
+    grads = torch.randn(3, 9, device=device)
+    grads[:, 4] = 0
+    options = {"ref_logits": ref_logits, "backend": "reference", **FULL}
+    *want, gradient = values_and_gradient(logprobs, logits, targets, grads, **options)
+    monkeypatch.setattr(dispatch, "capturing", lambda tensor: True)
+    monkeypatch.setattr(torch.Tensor, "nonzero", None)
+    *got, captured = values_and_gradient(logprobs, logits, targets, grads, **options)
+    for a, b in zip((*got[0], captured), (*want[0], gradient)):
+        assert torch.equal(a, b)
 
 
 # --- values and gradients -----------------------------------------------------------------------
