@@ -1,8 +1,8 @@
 """The Triton kernels over the steps of sequences.
 
 `experience` is one launch. A program walks whole sequences from their last block to their first
-and carries what the next block needs: advantage and value of the nearest unmasked step. A masked
-step is the identity of both scans, so holes and ragged ends need no compaction. The moments of the
+and carries what the next block needs: what the step right of it passes on. A masked step is the
+identity of the scan, so holes and ragged ends need no compaction. The moments of the
 advantages meet in the same launch (`grid.arrive`), and it normalises before it ends.
 """
 
@@ -34,6 +34,7 @@ def gae_kernel(
     gamma: tl.float64,
     lam: tl.float64,
     HAS_LAST: tl.constexpr,
+    DIVIDE: tl.constexpr,
     ROWS: tl.constexpr,
     BT: tl.constexpr,
     STAT: tl.constexpr,
@@ -41,10 +42,12 @@ def gae_kernel(
     gamma, lam = tl.full((), gamma, STAT), tl.full((), lam, STAT)
     seq = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start, length = parts.extent(seq, S, T, 0, seq, False)
-    next_advantage = tl.zeros((ROWS,), STAT)
-    next_value = tl.zeros((ROWS,), STAT)
+    centre = tl.zeros((ROWS,), STAT)
+    passed = tl.zeros((ROWS,), STAT)
+    ended = tl.zeros((ROWS,), tl.int32)
+    beyond = None
     if HAS_LAST:
-        next_value = tl.load(last_values + seq, mask=seq < S, other=0).to(STAT)
+        beyond = tl.load(last_values + seq, mask=seq < S, other=0).to(STAT)
     blocks = tl.cdiv(T, BT)
     for back in range(blocks):
         t = (blocks - 1 - back) * BT + tl.arange(0, BT)
@@ -54,10 +57,14 @@ def gae_kernel(
         reward = parts.load(rewards, rewards_s, rewards_t, seq, start, t, inside, False).to(STAT)
         value = parts.load(values, values_s, values_t, seq, start, t, inside, False).to(STAT)
         value = tl.where(keep, value, 0.0)
-        advantage, next_advantage, next_value = parts.gae_tile(
-            tl.where(keep, reward, 0.0), value, keep, next_advantage, next_value, gamma, lam
-        )
+        last = tl.max(tl.where(keep, t[None, :], -1), 1)
+        ends = (t[None, :] == last[:, None]) & keep & (ended == 0)[:, None]
+        ended = tl.where(last >= 0, 1, ended)
         out = start[:, None] + t[None, :]
+        advantage, centre, passed = parts.gae_tile(
+            tl.where(keep, reward, 0.0), value, keep, ends, beyond, centre, passed, gamma, lam,
+            advantages + out, inside, DIVIDE,
+        )  # fmt: skip
         tl.store(advantages + out, advantage, mask=inside)
         tl.store(returns + out, advantage + value, mask=inside)
 
@@ -114,6 +121,7 @@ def experience_kernel(
     NORM: tl.constexpr,  # none, batch, group
     APPLY: tl.constexpr,  # normalise here, or leave it to normalize_advantages
     HAS_VALUES: tl.constexpr,
+    DIVIDE: tl.constexpr,
     FLAT: tl.constexpr,
     KEPT_IS_TARGET: tl.constexpr,
     COEF_PER_SEQUENCE: tl.constexpr,
@@ -139,8 +147,8 @@ def experience_kernel(
         coef = tl.zeros((ROWS,), STAT) + kl_coef
         if COEF_PER_SEQUENCE:
             coef = tl.load(kl_coefs + seq, mask=real, other=0).to(STAT)
-        next_advantage = tl.zeros((ROWS,), STAT)
-        next_value = tl.zeros((ROWS,), STAT)
+        centre = tl.zeros((ROWS,), STAT)
+        passed = tl.zeros((ROWS,), STAT)
         sum_kl = tl.zeros((ROWS,), STAT)
         total = tl.zeros((ROWS,), STAT)
         scored = tl.zeros((ROWS,), tl.int32)
@@ -176,9 +184,10 @@ def experience_kernel(
             tl.store(rewards + out, reward, mask=inside)
             if HAS_VALUES:
                 value = tl.where(keep, value, 0.0)
-                advantage, next_advantage, next_value = parts.gae_tile(
-                    reward, value, keep, next_advantage, next_value, gamma, lam
-                )
+                advantage, centre, passed = parts.gae_tile(
+                    reward, value, keep, pays, None, centre, passed, gamma, lam,
+                    advantages + out, inside, DIVIDE,
+                )  # fmt: skip
                 tl.store(advantages + out, advantage, mask=inside)
                 tl.store(returns + out, advantage + value, mask=inside)
                 if NORM != "none":

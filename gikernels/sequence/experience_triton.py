@@ -19,11 +19,11 @@ from gikernels.sequence.experience_kernels import experience_kernel, gae_kernel,
 
 TILE = 1024  # elements a program holds: 8 a thread
 WARPS = 4
-# A cooperative launch wants all its programs resident. 160 registers for each of 128 threads let
-# three share the 65536 of a processor, with 40 KB of loads in flight; for four, with 128, some
-# variants spill.
-MAX_REGISTERS = 160
-PROGRAMS_PER_PROCESSOR = 3
+# A cooperative launch wants all its programs resident. 128 registers for each of 128 threads let
+# four share the 65536 of a processor: 512 sequences are then one wave on 132 processors, where
+# three would need two. Two variants spill a few numbers for it.
+MAX_REGISTERS = 128
+PROGRAMS_PER_PROCESSOR = 4
 BLOCK = 512  # partial moments merged at a time
 
 
@@ -33,6 +33,11 @@ def _shape_of_tile(steps: int, flat: bool = False) -> dict[str, int]:
     size = TILE // 2 if flat else TILE
     bt = min(size, max(16, triton.next_power_of_2(steps)))
     return {"ROWS": size // bt, "BT": bt}
+
+
+def _divide(gamma: float, lam: float) -> bool:
+    """At less, dividing by gamma * lam would cost more than two bits."""
+    return gamma * lam >= 0.25
 
 
 def _scalar_type(dtype: torch.dtype) -> tl.dtype:
@@ -68,6 +73,7 @@ def gae(
             t,
             gamma=gamma,
             lam=lam,
+            DIVIDE=_divide(gamma, lam),
             HAS_LAST=last_values is not None,
             STAT=_scalar_type(out.returns.dtype),
             num_warps=WARPS,
@@ -147,6 +153,7 @@ def experience(
             NORM=norm,
             APPLY=apply_norm,
             HAS_VALUES=values is not None,
+            DIVIDE=_divide(gamma, lam),
             FLAT=flat,
             KEPT_IS_TARGET=kept.dtype != torch.bool,
             COEF_PER_SEQUENCE=kl_coefs is not None,
@@ -200,7 +207,15 @@ def aot_cases() -> Iterator[dict[str, Any]]:
         gae_kernel,
         "gae",
         {"mask": "*i1", **numbers},
-        {**stat, "HAS_LAST": False, **tile, "rewards_t": 1, "values_t": 1, "mask_t": 1},
+        {
+            **stat,
+            "HAS_LAST": False,
+            "DIVIDE": True,
+            **tile,
+            "rewards_t": 1,
+            "values_t": 1,
+            "mask_t": 1,
+        },
     )
     for norm, flat, values in (
         ("none", False, True),
@@ -230,6 +245,7 @@ def aot_cases() -> Iterator[dict[str, Any]]:
                 "NORM": norm,
                 "APPLY": True,
                 "HAS_VALUES": values,
+                "DIVIDE": True,
                 "FLAT": flat,
                 "KEPT_IS_TARGET": flat,
                 "COEF_PER_SEQUENCE": norm == "group",
