@@ -3,7 +3,13 @@
 `gikernels.reference` is the executable specification; each operation's own file has the rest.
 """
 
-from gikernels.backends.dispatch import BackendStatus, BackendUnavailable, backends
+from gikernels.backends.dispatch import (
+    BackendStatus,
+    BackendUnavailable,
+    KernelError,
+    backend,
+    backends,
+)
 from gikernels.backends.settings import workspace
 from gikernels.groups.partition import partition
 from gikernels.groups.stats import (
@@ -41,10 +47,12 @@ __all__ = [
     "Experience",
     "Gae",
     "GroupStats",
+    "KernelError",
     "LossOut",
     "Partition",
     "SoftGroups",
     "TokenStats",
+    "backend",
     "backends",
     "difference_objective",
     "experience",

@@ -74,13 +74,20 @@ def _load(name: str) -> ctypes.CDLL | str:
 
 @functools.cache
 def _load_once(name: str) -> ctypes.CDLL | str:
-    try:
-        archs = present_archs() if name == "cuda" else ()
-        loaded = ctypes.CDLL(str(shipped(name, archs) or build(name, archs)))
-    except (BuildError, OSError) as error:
-        return str(error)
-    _declare(name, loaded)
-    return loaded
+    archs = present_archs() if name == "cuda" else ()
+    why = []
+    # One that was shipped may be for another C library: then it is built here.
+    for find in (shipped, build):
+        try:
+            path = find(name, archs)
+            if path is None:
+                continue
+            loaded = ctypes.CDLL(str(path))
+            _declare(name, loaded)
+            return loaded
+        except (BuildError, OSError, AttributeError) as error:
+            why.append(str(error))
+    return "; ".join(why)
 
 
 def _declare(name: str, loaded: ctypes.CDLL) -> None:

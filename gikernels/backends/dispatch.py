@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,10 @@ BACKENDS = ("reference", "triton", "cuda", "cpp")
 
 class BackendUnavailable(RuntimeError):
     """The backend that was asked for by name cannot run here; the message says why."""
+
+
+class KernelError(RuntimeError):
+    """A kernel did not compile or launch; the message says how to do without it."""
 
 
 class BackendStatus(NamedTuple):
@@ -63,12 +69,62 @@ def backends() -> dict[str, BackendStatus]:
     return {name: backend_status(name) for name in BACKENDS}
 
 
+def exact_fp32() -> bool:
+    """Whether the user wants fp32 products of fp32 matrices, as PyTorch's default is, and not TF32.
+
+    torch.get_float32_matmul_precision() raises where it was said by the newer attribute, which in
+    turn knows what was said by the older functions.
+    """
+    return torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+# torch.compile cannot trace that attribute. This is torch.compiler.assume_constant_result, which
+# would import the compiler.
+exact_fp32.__dict__["_dynamo_marked_constant"] = True
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Whether its stream is being captured into a CUDA graph: then nobody may wait for values."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+# Of operations that wait for the GPU, for a number of rows above all, or that keep counters for the
+# next call, which must not lie in a graph's memory. With mode="reduce-overhead" torch.compile runs
+# them between two graphs.
+OUTSIDE_GRAPHS = (torch.Tag.cudagraph_unsafe,)
+
+
+_preferred = "auto"
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """What backend="auto" means inside the block, wherever an operation has it:
+
+        with gikernels.backend("reference"): ...      # no Triton: PyTorch in chunks
+
+    An operation that does not have this backend chooses as ever; a call that names one gets that.
+    A gradient is computed by the backend of its forward, wherever backward() is called. It is
+    global, not per thread.
+    """
+    global _preferred
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend: got {name!r}, want 'auto' or one of {BACKENDS}")
+    kept, _preferred = _preferred, name
+    try:
+        yield
+    finally:
+        _preferred = kept
+
+
 def choose(backend: str, tensor: Tensor, offers: tuple[str, ...]) -> str:
     """The backend that will run for `tensor`, of those that the operation offers, best first.
 
     "auto" takes the first offer that works where the tensor lives. A backend named by the caller
-    is taken or refused, never replaced.
+    is taken or refused, never replaced; so is one named by `with backend(name):`.
     """
+    if backend == "auto" and _preferred in offers:
+        backend = _preferred
     if backend == "auto":
         return next(name for name in offers if _suits(name, tensor))
     if backend not in BACKENDS:

@@ -8,13 +8,16 @@ without being cleared. Importing this module imports triton.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from gikernels.backends import dispatch
 
 
 @triton.jit
@@ -60,16 +63,35 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def on(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+@contextmanager
+def on(device: torch.device) -> Iterator[None]:
+    """Triton launches on the current device, which need not be that of the tensors. What goes wrong
+    there is no fault of the caller, who is told how to go on."""
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise dispatch.KernelError(
+            f"a Triton kernel of gikernels did not compile or launch here ({_here(device)}): "
+            f"{type(error).__name__}: {str(error).strip()[-500:]}\n"
+            'To go on without it, in PyTorch: with gikernels.backend("reference"): ... or the '
+            'argument backend="reference". python -m gikernels.selftest tells what works here.'
+        ) from error
+
+
+def _here(device: torch.device) -> str:
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "the interpreter"
+    return f"{gpu}, torch {torch.__version__}, triton {triton.__version__}"
 
 
 def aot_case(
     fn: Any, name: str, types: dict[str, str], constexprs: dict[str, Any], **options: Any
 ) -> dict[str, Any]:
     """What triton.compile(ASTSource(...)) wants. Unless `types` says otherwise, arguments are fp32
-    pointers, or int32 where the name is in capitals or that of a stride; all multiples of 16."""
+    pointers, or int32 where the name is in capitals or that of a stride; multiples of 16, where a
+    launch would tell the compiler."""
     signature, attrs = {}, {}
     for i, arg in enumerate(fn.arg_names):
         if arg in constexprs:
@@ -77,7 +99,7 @@ def aot_case(
             continue
         integer = arg.isupper() or arg.endswith(("_s", "_t")) or arg in ("n", "ignore_index")
         signature[arg] = types.get(arg, "i32" if integer else "*fp32")
-        if signature[arg] != "fp32" and arg != "ignore_index":
+        if signature[arg] not in ("fp32", "fp64") and not fn.params[i].do_not_specialize:
             attrs[(i,)] = [["tt.divisibility", 16]]
     return {
         "name": name,

@@ -1,7 +1,8 @@
 """The exact partition of values into groups of largest between-group variance (METHODS A.4).
 
 csrc/ has the algorithm, for CPUs ("cpp") and GPUs ("cuda"); where nothing could be compiled the
-same steps run in PyTorch ("reference"), on any device.
+same steps run in PyTorch ("reference"), on any device. A GPU whose machine has no nvcc borrows the
+CPU: the values are few, and PyTorch would wait for the GPU at every step.
 """
 
 from __future__ import annotations
@@ -246,11 +247,17 @@ def _blank(values: Tensor, num_groups: int) -> Partition:
     )
 
 
-@torch.library.custom_op("gikernels::partition", mutates_args=())
+def _choose(backend: str, values: Tensor) -> str:
+    chosen = dispatch.choose(backend, values, OFFERS)
+    borrow = backend == "auto" and chosen == "reference" and values.is_cuda
+    return "cpp" if borrow and dispatch.backend_status("cpp") else chosen
+
+
+@torch.library.custom_op("gikernels::partition", mutates_args=(), tags=dispatch.OUTSIDE_GRAPHS)
 def _partition(
     values: Tensor, weights: Tensor | None, num_groups: int, min_size: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backend = dispatch.choose(backend, values, OFFERS)
+    backend = _choose(backend, values)
     blank = _blank(values, num_groups)
     if values.numel() == 0:
         return tuple(blank)  # type: ignore[return-value]
@@ -260,9 +267,13 @@ def _partition(
         weights = _power_of_two(weights.double().reshape(rows.shape).contiguous())[0]
     if backend == "reference":
         found, status = _solve_rows_in_torch(rows, weights, num_groups, min_size)
+    elif backend == "cpp":
+        rows, weights = rows.cpu(), None if weights is None else weights.cpu()
+        found, status = _solve_native(backend, rows, weights, num_groups, min_size)
+        found = Partition(*(field.to(values.device) for field in found))
     else:
         found, status = _solve_native(backend, rows, weights, num_groups, min_size)
-    if not (values.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not dispatch.capturing(values):
         _raise_for(status.tolist(), values, num_groups, min_size)
     return tuple(  # type: ignore[return-value]
         field.to(like.dtype).reshape(like.shape) for field, like in zip(found, blank)

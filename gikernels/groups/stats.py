@@ -32,7 +32,7 @@ def _blank(values: Tensor, weights: Tensor | None, num_groups: int) -> GroupStat
     return GroupStats(empty(), empty(), empty())
 
 
-@torch.library.custom_op("gikernels::group_stats", mutates_args=())
+@torch.library.custom_op("gikernels::group_stats", mutates_args=(), tags=dispatch.OUTSIDE_GRAPHS)
 def _group_stats_op(
     values: Tensor, group_ids: Tensor, num_groups: int, weights: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """The Triton kernels over the steps of sequences.
 
 `experience` is one launch. A program walks whole sequences from their last block to their first
-and carries what the next block needs: advantage and value of the nearest unmasked step. A masked
-step is the identity of both scans, so holes and ragged ends need no compaction. The moments of the
+and carries what the next block needs: what the step right of it passes on. A masked step is the
+identity of the scan, so holes and ragged ends need no compaction. The moments of the
 advantages meet in the same launch (`grid.arrive`), and it normalises before it ends.
 """
 
@@ -15,7 +15,7 @@ from gikernels.backends import grid
 from gikernels.sequence import experience_parts as parts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rewards_s", "values_s", "mask_s", "S", "T"])
 def gae_kernel(
     rewards,  # (S, T)
     rewards_s,
@@ -31,19 +31,23 @@ def gae_kernel(
     returns,  # (S, T) out, contiguous
     S,
     T,
-    GAMMA: tl.constexpr,
-    LAM: tl.constexpr,
+    gamma: tl.float64,
+    lam: tl.float64,
     HAS_LAST: tl.constexpr,
+    DIVIDE: tl.constexpr,
     ROWS: tl.constexpr,
     BT: tl.constexpr,
     STAT: tl.constexpr,
 ):
+    gamma, lam = tl.full((), gamma, STAT), tl.full((), lam, STAT)
     seq = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start, length = parts.extent(seq, S, T, 0, seq, False)
-    next_advantage = tl.zeros((ROWS,), STAT)
-    next_value = tl.zeros((ROWS,), STAT)
+    centre = tl.zeros((ROWS,), STAT)
+    passed = tl.zeros((ROWS,), STAT)
+    ended = tl.zeros((ROWS,), tl.int32)
+    beyond = None
     if HAS_LAST:
-        next_value = tl.load(last_values + seq, mask=seq < S, other=0).to(STAT)
+        beyond = tl.load(last_values + seq, mask=seq < S, other=0).to(STAT)
     blocks = tl.cdiv(T, BT)
     for back in range(blocks):
         t = (blocks - 1 - back) * BT + tl.arange(0, BT)
@@ -53,15 +57,31 @@ def gae_kernel(
         reward = parts.load(rewards, rewards_s, rewards_t, seq, start, t, inside, False).to(STAT)
         value = parts.load(values, values_s, values_t, seq, start, t, inside, False).to(STAT)
         value = tl.where(keep, value, 0.0)
-        advantage, next_advantage, next_value = parts.gae_tile(
-            tl.where(keep, reward, 0.0), value, keep, next_advantage, next_value, GAMMA, LAM
-        )
+        last = tl.max(tl.where(keep, t[None, :], -1), 1)
+        ends = (t[None, :] == last[:, None]) & keep & (ended == 0)[:, None]
+        ended = tl.where(last >= 0, 1, ended)
         out = start[:, None] + t[None, :]
+        advantage, centre, passed = parts.gae_tile(
+            tl.where(keep, reward, 0.0), value, keep, ends, beyond, centre, passed, gamma, lam,
+            advantages + out, inside, DIVIDE,
+        )  # fmt: skip
         tl.store(advantages + out, advantage, mask=inside)
         tl.store(returns + out, advantage + value, mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "logprobs_s",
+        "ref_s",
+        "values_s",
+        "kept_s",
+        "S",
+        "T",
+        "N",
+        "G",
+        "ignore_index",
+    ]
+)
 def experience_kernel(
     logprobs,  # (S, T) or (N); or the exact KL
     logprobs_s,
@@ -94,13 +114,14 @@ def experience_kernel(
     N,
     G,
     ignore_index,
-    GAMMA: tl.constexpr,
-    LAM: tl.constexpr,
-    EPS: tl.constexpr,
+    gamma: tl.float64,
+    lam: tl.float64,
+    eps: tl.float64,
     ESTIMATOR: tl.constexpr,  # k1, k2, k3 or exact
     NORM: tl.constexpr,  # none, batch, group
     APPLY: tl.constexpr,  # normalise here, or leave it to normalize_advantages
     HAS_VALUES: tl.constexpr,
+    DIVIDE: tl.constexpr,
     FLAT: tl.constexpr,
     KEPT_IS_TARGET: tl.constexpr,
     COEF_PER_SEQUENCE: tl.constexpr,
@@ -110,6 +131,7 @@ def experience_kernel(
     STAT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    gamma, lam = tl.full((), gamma, STAT), tl.full((), lam, STAT)
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     tiles = tl.cdiv(S, ROWS)
@@ -125,8 +147,8 @@ def experience_kernel(
         coef = tl.zeros((ROWS,), STAT) + kl_coef
         if COEF_PER_SEQUENCE:
             coef = tl.load(kl_coefs + seq, mask=real, other=0).to(STAT)
-        next_advantage = tl.zeros((ROWS,), STAT)
-        next_value = tl.zeros((ROWS,), STAT)
+        centre = tl.zeros((ROWS,), STAT)
+        passed = tl.zeros((ROWS,), STAT)
         sum_kl = tl.zeros((ROWS,), STAT)
         total = tl.zeros((ROWS,), STAT)
         scored = tl.zeros((ROWS,), tl.int32)
@@ -162,9 +184,10 @@ def experience_kernel(
             tl.store(rewards + out, reward, mask=inside)
             if HAS_VALUES:
                 value = tl.where(keep, value, 0.0)
-                advantage, next_advantage, next_value = parts.gae_tile(
-                    reward, value, keep, next_advantage, next_value, GAMMA, LAM
-                )
+                advantage, centre, passed = parts.gae_tile(
+                    reward, value, keep, pays, None, centre, passed, gamma, lam,
+                    advantages + out, inside, DIVIDE,
+                )  # fmt: skip
                 tl.store(advantages + out, advantage, mask=inside)
                 tl.store(returns + out, advantage + value, mask=inside)
                 if NORM != "none":
@@ -255,7 +278,7 @@ def experience_kernel(
                 count = tl.load(merged + group, mask=known, other=unknown)
                 mean = tl.load(merged + G + group, mask=known, other=unknown)
                 m2 = tl.load(merged + 2 * G + group, mask=known, other=unknown)
-                scale = (1.0 / tl.sqrt(m2 / tl.maximum(count, 1.0) + EPS)).to(STAT)
+                scale = (1.0 / tl.sqrt(m2 / tl.maximum(count, 1.0) + eps)).to(STAT)
                 # In two parts: at an offset of 1e6 one float32 would be wrong by 0.03.
                 high = mean.to(STAT)
                 low = (mean - high.to(tl.float64)).to(STAT)
@@ -270,7 +293,7 @@ def experience_kernel(
                     tl.store(out, tl.where(keep, x, 0.0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "T", "G"])
 def normalize_kernel(
     advantages,  # (n) contiguous
     mask,  # (n) contiguous
@@ -280,7 +303,7 @@ def normalize_kernel(
     n,
     T,
     G,
-    EPS: tl.constexpr,
+    eps: tl.float64,
     BY_ID: tl.constexpr,
     BLOCK: tl.constexpr,
     STAT: tl.constexpr,
@@ -297,6 +320,6 @@ def normalize_kernel(
     mean = tl.load(moments + 3 * group + 1, mask=known, other=unknown).to(STAT)
     m2 = tl.load(moments + 3 * group + 2, mask=known, other=unknown).to(STAT)
     x = tl.load(advantages + i, mask=inside, other=0).to(STAT)
-    x = (x - mean) / tl.sqrt(m2 / tl.maximum(count, 1.0) + EPS)
+    x = (x - mean) / tl.sqrt(m2 / tl.maximum(count, 1.0) + tl.full((), eps, STAT))
     keep = tl.load(mask + i, mask=inside, other=0) != 0
     tl.store(out + i, tl.where(keep, x, 0.0), mask=inside)

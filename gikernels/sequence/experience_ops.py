@@ -91,7 +91,7 @@ def _blank_experience(
     return Experience(rewards, kl, advantages, returns, seq_kl, moments)
 
 
-@torch.library.custom_op("gikernels::experience", mutates_args=())
+@torch.library.custom_op("gikernels::experience", mutates_args=(), tags=dispatch.OUTSIDE_GRAPHS)
 def experience_op(
     logprobs: Tensor,
     ref_logprobs: Tensor,

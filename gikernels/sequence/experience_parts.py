@@ -9,23 +9,11 @@ import triton
 import triton.language as tl
 
 # --- scans --------------------------------------------------------------------------------------
-# Scans run from the right: the first argument of a combine is the later segment.
-
-
-@triton.jit
-def nearest_two(later, later_1, later_2, here, here_1, here_2):
-    """How many unmasked steps a segment has (two is many), and the values of its first two."""
-    second = tl.where(here > 1, here_2, later_1)
-    return (
-        tl.minimum(later + here, 2),
-        tl.where(here > 0, here_1, later_1),
-        tl.where(here > 0, second, later_2),
-    )
 
 
 @triton.jit
 def affine(later_a, later_b, here_a, here_b):
-    """x -> a x + b, the later segment first."""
+    """x -> a x + b, the later segment first: the scan runs from the right."""
     return later_a * here_a, here_b + here_a * later_b
 
 
@@ -34,27 +22,54 @@ def gae_tile(
     rewards,  # (ROWS, BT), zero where masked
     values,  # (ROWS, BT), zero where masked
     keep,  # (ROWS, BT)
-    next_advantage,  # (ROWS), of the nearest unmasked step right of the tile
-    next_value,  # (ROWS)
-    GAMMA: tl.constexpr,
-    LAM: tl.constexpr,
+    ends,  # (ROWS, BT), the last unmasked step of a sequence, where it lies in this tile
+    beyond,  # (ROWS), the value after the end; None for 0
+    centre,  # (ROWS), near which values lie; found where a sequence ends
+    passed,  # (ROWS), what the next step passes on to the one before it
+    gamma,
+    lam,
+    scratch,  # (ROWS, BT) pointers, for DIVIDE False
+    inside,  # (ROWS, BT), whether they may be used
+    DIVIDE: tl.constexpr,  # gamma * lam is not small
 ):
-    zero = tl.zeros_like(values)
-    count, first, second = tl.associative_scan(
-        (keep.to(tl.int32), values, zero), 1, nearest_two, reverse=True
+    """(advantages, centre, passed on by the tile's first step).
+
+    A step passes on  p = gamma (1 - lam) V + gamma lam R  of its lambda-return R = r + p_next, so
+    p is one affine scan, and as R = A + V,  A = (p - gamma V) / (gamma lam).  Where that is small
+    the division would magnify rounding, and p_next is read from a neighbour instead. Values are
+    taken relative to their sequence's last, so that an offset of 1e6 costs no digits.
+    """
+    ended = tl.max(ends.to(tl.int32), 1) > 0
+    centre = tl.where(ended, tl.sum(tl.where(ends, values, 0.0), 1), centre)
+    level = tl.where(keep, values - centre[:, None], 0.0)
+    reward = rewards - ((1 - gamma) * centre)[:, None]
+    # What is passed on to the last step joins its reward at once: an offset of both cancels.
+    if beyond is None:
+        reward = tl.where(ends, rewards - centre[:, None], reward)
+    else:
+        reward = tl.where(ends, reward + (gamma * (beyond - centre))[:, None], reward)
+    reward = tl.where(keep, reward, 0.0)
+    c = gamma * lam
+    own = gamma * (1 - lam) * level + c * reward
+    decay, pass_on = tl.associative_scan(
+        (tl.where(keep, tl.zeros_like(own) + c, 1.0), own), 1, affine, reverse=True
     )
-    following = tl.where(count > 1, second, next_value[:, None])
-    # The two values first: they are close to each other, and an offset of both cancels.
-    delta = tl.where(keep, rewards + (GAMMA * following - values), 0.0)
-    decay, advantage = tl.associative_scan(
-        (tl.where(keep, zero + GAMMA * LAM, 1.0), delta), 1, affine, reverse=True
-    )
-    advantage = advantage + decay * next_advantage[:, None]
+    pass_on += decay * passed[:, None]
+    if DIVIDE:
+        advantage = (pass_on - gamma * level) * (1 / c)
+    else:
+        column = tl.arange(0, keep.shape[1])[None, :]
+        tl.store(scratch, pass_on, mask=inside)
+        tl.debug_barrier()
+        # The neighbour's, masked or not: a masked step passes on what was passed to it.
+        last = (tl.sum(inside.to(tl.int32), 1) - 1)[:, None]
+        following = tl.load(scratch + 1, mask=inside & (column < last), other=0.0)
+        following = tl.where(column < last, following, passed[:, None])
+        tl.debug_barrier()
+        advantage = reward + following - level
     at_start = (tl.arange(0, keep.shape[1]) == 0)[None, :]
-    next_advantage = tl.sum(tl.where(at_start, advantage, 0.0), 1)
-    first_value = tl.sum(tl.where(at_start, first, 0.0), 1)
-    next_value = tl.where(tl.max(count, 1) > 0, first_value, next_value)
-    return tl.where(keep, advantage, 0.0), next_advantage, next_value
+    passed = tl.sum(tl.where(at_start, pass_on, 0.0), 1)
+    return tl.where(keep, advantage, 0.0), centre, passed
 
 
 @triton.jit

@@ -19,11 +19,11 @@ from gikernels.sequence.experience_kernels import experience_kernel, gae_kernel,
 
 TILE = 1024  # elements a program holds: 8 a thread
 WARPS = 4
-# A cooperative launch wants all its programs resident. 160 registers for each of 128 threads let
-# three share the 65536 of a processor, with 40 KB of loads in flight; for four, with 128, some
-# variants spill.
-MAX_REGISTERS = 160
-PROGRAMS_PER_PROCESSOR = 3
+# A cooperative launch wants all its programs resident. 128 registers for each of 128 threads let
+# four share the 65536 of a processor: 512 sequences are then one wave on 132 processors, where
+# three would need two. Two variants spill a few numbers for it.
+MAX_REGISTERS = 128
+PROGRAMS_PER_PROCESSOR = 4
 BLOCK = 512  # partial moments merged at a time
 
 
@@ -33,6 +33,11 @@ def _shape_of_tile(steps: int, flat: bool = False) -> dict[str, int]:
     size = TILE // 2 if flat else TILE
     bt = min(size, max(16, triton.next_power_of_2(steps)))
     return {"ROWS": size // bt, "BT": bt}
+
+
+def _divide(gamma: float, lam: float) -> bool:
+    """At less, dividing by gamma * lam would cost more than two bits."""
+    return gamma * lam >= 0.25
 
 
 def _scalar_type(dtype: torch.dtype) -> tl.dtype:
@@ -66,8 +71,9 @@ def gae(
             *out,
             s,
             t,
-            GAMMA=gamma,
-            LAM=lam,
+            gamma=gamma,
+            lam=lam,
+            DIVIDE=_divide(gamma, lam),
             HAS_LAST=last_values is not None,
             STAT=_scalar_type(out.returns.dtype),
             num_warps=WARPS,
@@ -140,13 +146,14 @@ def experience(
             tokens,
             num_groups,
             ignore_index,
-            GAMMA=gamma,
-            LAM=lam,
-            EPS=eps,
+            gamma=gamma,
+            lam=lam,
+            eps=eps,
             ESTIMATOR=estimator,
             NORM=norm,
             APPLY=apply_norm,
             HAS_VALUES=values is not None,
+            DIVIDE=_divide(gamma, lam),
             FLAT=flat,
             KEPT_IS_TARGET=kept.dtype != torch.bool,
             COEF_PER_SEQUENCE=kl_coefs is not None,
@@ -179,7 +186,7 @@ def normalize(
             n,
             out.shape[1] if out.dim() == 2 else 1,
             len(moments),
-            EPS=eps,
+            eps=eps,
             BY_ID=group_ids is not None,
             BLOCK=TILE,
             STAT=_scalar_type(out.dtype),
@@ -194,12 +201,21 @@ def aot_cases() -> Iterator[dict[str, Any]]:
     """Every kernel as it is launched for fp32 tensors with T a multiple of 16, for a test that
     compiles them for GPUs that the machine does not have."""
     tile = _shape_of_tile(TILE)
-    decay = {"GAMMA": 1.0, "LAM": 0.95, "STAT": tl.float32}
+    numbers = {"gamma": "fp64", "lam": "fp64", "eps": "fp64", "kl_coef": "fp32"}
+    stat = {"STAT": tl.float32}
     yield grid.aot_case(
         gae_kernel,
         "gae",
-        {"mask": "*i1"},
-        {**decay, "HAS_LAST": False, **tile, "rewards_t": 1, "values_t": 1, "mask_t": 1},
+        {"mask": "*i1", **numbers},
+        {
+            **stat,
+            "HAS_LAST": False,
+            "DIVIDE": True,
+            **tile,
+            "rewards_t": 1,
+            "values_t": 1,
+            "mask_t": 1,
+        },
     )
     for norm, flat, values in (
         ("none", False, True),
@@ -213,7 +229,7 @@ def aot_cases() -> Iterator[dict[str, Any]]:
             f"experience-{norm}{'-flat' * flat}{'-no-critic' * (not values)}",
             {
                 "kept": "*i64" if flat else "*i1",
-                "kl_coef": "fp32",
+                **numbers,
                 "cu_seqlens": "*i64" if flat else "*fp32",
                 "group_ids": "*i64" if norm == "group" else "*fp32",
                 "partials": "*fp64",
@@ -223,13 +239,13 @@ def aot_cases() -> Iterator[dict[str, Any]]:
                 **dict.fromkeys(("logprobs_s", "ref_s", "values_s", "kept_s"), "i32"),
             },
             {
-                **decay,
+                **stat,
                 **dict.fromkeys(("logprobs_t", "ref_t", "values_t", "kept_t"), 1),
-                "EPS": 1e-8,
                 "ESTIMATOR": "k3" if norm == "none" else "k1",
                 "NORM": norm,
                 "APPLY": True,
                 "HAS_VALUES": values,
+                "DIVIDE": True,
                 "FLAT": flat,
                 "KEPT_IS_TARGET": flat,
                 "COEF_PER_SEQUENCE": norm == "group",
@@ -242,6 +258,6 @@ def aot_cases() -> Iterator[dict[str, Any]]:
     yield grid.aot_case(
         normalize_kernel,
         "normalize_advantages",
-        {"mask": "*i1", "group_ids": "*i64"},
-        {"EPS": 1e-8, "BY_ID": True, "BLOCK": TILE, "STAT": tl.float32},
+        {"mask": "*i1", "group_ids": "*i64", **numbers},
+        {"BY_ID": True, "BLOCK": TILE, "STAT": tl.float32},
     )

@@ -99,12 +99,49 @@ def check_values(targets: Tensor, temperatures: Tensor | None, v: int) -> None:
 
 
 def choose_backend(backend: str, hidden: Tensor) -> str:
-    """Triton has fp32 accumulators, so "auto" takes PyTorch for float64."""
-    if hidden.dtype != torch.float64:
-        return dispatch.choose(backend, hidden, ("triton", "reference"))
-    if backend == "triton":
-        raise checks.wrong("hidden", hidden, "at most 32 bits for backend 'triton'")
-    return dispatch.choose(backend, hidden, ("reference",))
+    """Triton has fp32 accumulators, so "auto" takes PyTorch for float64; and for fp32 products that
+    have to be exact, where cuBLAS has some 50 TFLOP/s and a kernel a third of it."""
+    if hidden.dtype == torch.float64:
+        if backend == "triton":
+            raise checks.wrong("hidden", hidden, "at most 32 bits for backend 'triton'")
+        return dispatch.choose(backend, hidden, ("reference",))
+    exact = hidden.dtype == torch.float32 and dispatch.exact_fp32()
+    offers = ("reference", "triton") if exact else ("triton", "reference")
+    return dispatch.choose(backend, hidden, offers)
+
+
+# --- rows that count ----------------------------------------------------------------------------
+
+
+class Kept:
+    """Rows taken out of all rows, so that the others cost nothing. On a GPU this waits for their
+    number. While a CUDA graph is captured nobody may: all rows stay, and the others are blank."""
+
+    def __init__(self, keep: Tensor) -> None:  # (N) bool
+        self.keep = keep
+        self.blank = dispatch.capturing(keep)
+        if self.blank:
+            self.rows = torch.arange(len(keep), device=keep.device)
+        else:
+            self.rows = keep.nonzero().squeeze(1)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def all(self) -> bool:
+        return len(self.rows) == len(self.keep)
+
+    def pick(self, x: Tensor, fill: float = 0) -> Tensor:  # (N, ...) -> (n, ...)
+        if self.blank:
+            return x.where(self.keep.view(-1, *(1,) * (x.dim() - 1)), fill)
+        return x if self.all else x[self.rows]
+
+    def clear_(self, x: Tensor) -> Tensor:
+        """Zeros, in place, where rows (N, ...) stayed that do not count."""
+        if self.blank:
+            x.masked_fill_(~self.keep.view(-1, *(1,) * (x.dim() - 1)), 0)
+        return x
 
 
 # --- the arithmetic of a chunk ------------------------------------------------------------------

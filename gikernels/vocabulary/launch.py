@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gikernels.backends import dispatch
+
 GROUP = 16  # row blocks that share a slab of the weight: 16 x 128 x 4096 bf16 are 16 MB of hidden
 
 
@@ -43,7 +45,8 @@ def blocks(arch: int | str, itemsize: int, products: int, aligned: bool) -> Bloc
     if arch in (90, 100, 103) and tma:
         return Blocks(128, 256 // products, 64, 8, 4, 4 // products, tma)
     if arch in (80, 90, 100, 103):
-        return Blocks(128, 128 // products, 64 if aligned and products == 1 else 32, 8, 3, 2, tma)
+        # One stage is in registers while the others are on their way: 3 x 32 KB, or 3 x 16 KB.
+        return Blocks(128, 128 // products, 64 if aligned and products == 1 else 32, 8, 4, 2, tma)
     return Blocks(128, 128 // products, 32, 8, 3 if isinstance(arch, int) else 2, 2, tma)
 
 
@@ -85,8 +88,7 @@ def transform_constants(
 
 def precision(dtype: torch.dtype) -> str:
     """fp32 products as exact as the user has asked PyTorch's own to be; no effect on 16 bits."""
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+    return "ieee" if dtype != torch.float32 or dispatch.exact_fp32() else "tf32"
 
 
 def product_arguments(prefix: str, x: Tensor, w: Tensor, block: Blocks) -> dict[str, Any]:
@@ -201,7 +203,7 @@ def aot_case(
     """What triton.compile needs for a kernel over `product_tile`, at its default configuration.
 
     `others` are the types of the kernel's own arguments. Divisibility is declared as a launch at
-    D 4096, V 128256 would find it: every pointer and every size but N's ragged end.
+    D 4096, V 128256 would find it: every pointer and every size that it is allowed to look at.
     """
     block = blocks(arch, 4 if dtype == "fp32" else 2, 2 if ref else 1, aligned)
     constexprs = {
@@ -237,7 +239,8 @@ def aot_case(
     constexprs |= {k: 1 for k in fn.arg_names if k.endswith(("x_d", "w_d"))}
     constexprs |= {k: None for k, v in types.items() if v is None and k in fn.arg_names}
     signature = {k: "constexpr" if k in constexprs else types.get(k) or "i32" for k in fn.arg_names}
-    ragged = ("N", "splits", "ignore_index") + (() if aligned else ("D", "x_n", "w_v"))
+    ragged = () if aligned else ("D", "x_n", "w_v")
+    ragged += tuple(p.name for p in fn.params if p.do_not_specialize)
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, (k, kind) in enumerate(signature.items())

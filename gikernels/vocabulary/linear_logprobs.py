@@ -18,11 +18,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gikernels.backends import checks
+from gikernels.backends import checks, dispatch
 from gikernels.backends.settings import workspace_for
 from gikernels.reference import TokenStats, stat_dtype
 from gikernels.vocabulary.head import (
     Head,
+    Kept,
     RowGrads,
     RowStats,
     accumulator,
@@ -89,11 +90,11 @@ def _forward_chunked(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = temperature.dtype
-    kept = (targets != ignore_index).nonzero().squeeze(1)
+    kept = Kept(targets != ignore_index)
     logprobs, entropy, kl, stats = (x.zero_() for x in _outputs(hidden, ref_hidden, dtype))
     tall, wide = _tile(len(kept), len(head.weight), hidden, dtype)
     for chunk in spans(len(kept), tall):
-        rows = kept[chunk]
+        rows = kept.rows[chunk]
         target_u, row = _forward_rows(
             hidden[rows].to(dtype),
             targets[rows].long(),
@@ -108,6 +109,8 @@ def _forward_chunked(
         stats[:, rows] = torch.stack([x for x in row if len(x)])
         if ref_head is not None:
             kl[rows] = row.kl
+    for out in (logprobs, entropy, *((kl,) if ref_head is not None else ())):
+        kept.clear_(out)
     return logprobs, entropy, kl, stats
 
 
@@ -185,7 +188,9 @@ def _row_temperature(
     return hidden.new_full((), temperature, dtype=dtype).expand(len(hidden))
 
 
-@torch.library.custom_op("gikernels::linear_logprobs", mutates_args=())
+@torch.library.custom_op(
+    "gikernels::linear_logprobs", mutates_args=(), tags=dispatch.OUTSIDE_GRAPHS
+)
 @full_precision
 def _op(
     hidden: Tensor,  # (N, D)
@@ -235,7 +240,9 @@ def _(
     return _outputs(hidden, ref_hidden, stat_dtype(hidden, weight))
 
 
-@torch.library.custom_op("gikernels::linear_logprobs_backward", mutates_args=())
+@torch.library.custom_op(
+    "gikernels::linear_logprobs_backward", mutates_args=(), tags=dispatch.OUTSIDE_GRAPHS
+)
 @full_precision
 def _backward_op(
     g_logprobs: Tensor | None,  # (N)
@@ -260,29 +267,28 @@ def _backward_op(
     """Gradients of hidden, weight and bias; empty where they are not wanted."""
     dhidden, dweight, dbias = _gradients(hidden, weight, bias, wanted)
     upstream = [g_logprobs, g_entropy, g_kl]
-    # Masked, clipped or zero-advantage rows have no gradient: they cost nothing from here on. On a
-    # GPU this waits for their number, as the sizes of the products depend on it.
+    # Masked, clipped or zero-advantage rows have no gradient: they cost nothing from here on.
     zero = torch.zeros_like(targets, dtype=torch.bool)
     alive = torch.stack([zero if g is None else g != 0 for g in upstream])
     alive &= targets != ignore_index
-    rows = alive.any(0).nonzero().squeeze(1)
-    if len(rows) == 0:
+    kept = Kept(alive.any(0))
+    if len(kept) == 0:
         return dhidden.zero_(), dweight.zero_(), dbias.zero_()
-
-    def pick(x: Tensor) -> Tensor:
-        return x if len(rows) == len(targets) else x[rows]
-
-    dtype = stats.dtype
-    some = alive.any(1).tolist()
+    pick, dtype = kept.pick, stats.dtype
+    some = [True] * 3 if kept.blank else alive.any(1).tolist()
     g = [pick(g) if g is not None and yes else None for g, yes in zip(upstream, some)]
-    g_logprob = hidden.new_zeros(len(rows), dtype=dtype) if g[0] is None else g[0]
+    g_logprob = hidden.new_zeros(len(kept), dtype=dtype) if g[0] is None else g[0]
     if g[2] is None:  # then the reference's logits are not needed
         ref_hidden = ref_weight = None
     x, target, logprob = pick(hidden), pick(targets), pick(logprobs)
     ref_x = None if ref_hidden is None else pick(ref_hidden)
-    temperatures = None if temperatures is None else pick(temperatures)
-    row_stats = RowStats(*(stats[i][rows] if i < len(stats) else stats[:0, 0] for i in range(6)))
-    in_place = dhidden.dtype == dtype and len(rows) == len(targets)
+    temperatures = None if temperatures is None else pick(temperatures, 1)
+    none = stats[:0, 0]
+    row_stats = RowStats._make(
+        pick(stats[i], fill=i in (1, 4)) if i < len(stats) else none  # no total is 0
+        for i in range(6)
+    )
+    in_place = dhidden.dtype == dtype and kept.all
     dx = (dhidden if in_place else dhidden.new_empty(x.shape, dtype=dtype)) if wanted[0] else None
     dw, db = (dweight if wanted[1] else None), (dbias if wanted[2] else None)
     if dx is not None:
@@ -307,7 +313,7 @@ def _backward_op(
             db,
         )
     if dx is not None and not in_place:
-        dhidden.zero_()[rows] = dx.to(dhidden.dtype)
+        dhidden.zero_()[kept.rows] = dx.to(dhidden.dtype)
     return dhidden, dweight, dbias
 
 

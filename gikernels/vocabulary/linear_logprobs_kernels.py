@@ -26,6 +26,31 @@ def _load_partial(partials, index, rows, N):
 
 
 @triton.jit
+def _absorb_parts(
+    raw, col, V, target, bias, inner, row_outer, peak, total, weighted, target_z,
+    SOFTCAP: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """A part of a tile's columns after the other: a tanh of all at once would spill."""
+    if PARTS == 1:
+        cols = col + tl.arange(0, raw.shape[1])
+        z = tiles.final_of_raw(raw, bias, cols, V, inner, row_outer, SOFTCAP)
+        z = tl.where((cols < V)[None, :], z, float("-inf"))
+        target_z += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
+        peak, total, weighted = tiles.absorb(peak, total, weighted, z)
+    else:
+        left, right = tiles.halves(raw)
+        peak, total, weighted, target_z = _absorb_parts(
+            left, col, V, target, bias, inner, row_outer, peak, total, weighted, target_z,
+            SOFTCAP, PARTS // 2,
+        )  # fmt: skip
+        peak, total, weighted, target_z = _absorb_parts(
+            right, col + raw.shape[1] // 2, V, target, bias, inner, row_outer, peak, total,
+            weighted, target_z, SOFTCAP, PARTS // 2,
+        )  # fmt: skip
+    return peak, total, weighted, target_z
+
+
+@triton.jit(do_not_specialize=["N", "splits", "ignore_index"])
 def forward_kernel(
     x,  # (N, D), or its descriptor
     w,  # (V, D)
@@ -78,6 +103,7 @@ def forward_kernel(
         rows = row + tl.arange(0, ROWS)
         target = tl.load(targets + rows, mask=rows < N, other=0).to(tl.int64)
         kept = (rows < N) & (target != ignore_index)
+        target = tiles.narrow(target, V)
         row_outer = tiles.row_outer(temperatures, rows, N, outer)
 
         peak = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -96,10 +122,10 @@ def forward_kernel(
             z = tiles.product_tile(
                 x, w, row, col, N, V, D, x_n, x_d, w_v, w_d, ROWS, COLS, DEPTH, TMA, PRECISION
             )
-            z = tiles.final_of_raw(z, bias, cols, V, inner, row_outer, SOFTCAP)
-            z = tl.where((cols < V)[None, :], z, float("-inf"))
-            target_z += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
             if HAS_REF:
+                z = tiles.final_of_raw(z, bias, cols, V, inner, row_outer, SOFTCAP)
+                z = tl.where((cols < V)[None, :], z, float("-inf"))
+                target_z += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
                 ref_z = tiles.product_tile(
                     ref_x, ref_w, row, col, N, V, ref_D, ref_x_n, ref_x_d, ref_w_v, ref_w_d,
                     ROWS, COLS, DEPTH, TMA, ref_PRECISION,
@@ -109,7 +135,12 @@ def forward_kernel(
                 ref_peak, ref_total, cross = tiles.absorb_ref(
                     peak, total, ref_peak, ref_total, cross, z, ref_z
                 )
-            peak, total, weighted = tiles.absorb(peak, total, weighted, z)
+                peak, total, weighted = tiles.absorb(peak, total, weighted, z)
+            else:
+                peak, total, weighted, target_z = _absorb_parts(
+                    z, col, V, target, bias, inner, row_outer, peak, total, weighted, target_z,
+                    SOFTCAP, 2 if SOFTCAP else 1,
+                )  # fmt: skip
 
         part = split * KEEP
         _store_partial(partials, part, rows, N, peak)
@@ -151,7 +182,7 @@ def forward_kernel(
                     peak, total, weighted, new_peak, new_total, new_weighted
                 )
             # A target outside the vocabulary was never met: NaN, not a plausible number.
-            target_z = tl.where((target >= 0) & (target < V), target_z, float("nan"))
+            target_z = tl.where(target >= 0, target_z, float("nan"))
             logprob = target_z - peak - tl.log(total)
             inside = rows < N
             tl.store(logprobs + rows, tl.where(kept, logprob, 0.0), mask=inside)
@@ -216,7 +247,7 @@ def _store_dlogits(
     log_p = z - _row(per_row, 0, rows, N) - _row(per_row, 1, rows, N)
     # The target's is the forward's: 1 - p of a confident policy is smaller than z's rounding.
     target = tl.load(targets + rows, mask=rows < N, other=-1).to(tl.int64)
-    is_target = cols[None, :] == target[:, None]
+    is_target = cols[None, :] == tiles.narrow(target, V)[:, None]
     log_p = tl.where(is_target, _row(per_row, 5, rows, N), log_p)
     grad = tiles.dlogits(
         log_p,
@@ -237,7 +268,7 @@ def _store_dlogits(
     tl.store(at, grad.to(dz.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def dlogits_kernel(
     x,  # (N, D), or its descriptor
     w,  # (V, D)

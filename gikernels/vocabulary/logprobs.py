@@ -27,6 +27,7 @@ from torch import Tensor
 from gikernels.backends import checks, dispatch
 from gikernels.backends.settings import workspace_for
 from gikernels.reference import TokenStats, stat_dtype, transform_logits
+from gikernels.vocabulary.head import Kept
 from gikernels.vocabulary.logprobs_transform import Transform, row_view
 
 BACKENDS = ("triton", "reference")
@@ -84,7 +85,9 @@ def _forward_in_chunks(
     logprobs, entropy = (logits.new_zeros(len(targets), dtype=dtype) for _ in range(2))
     kl = logits.new_zeros(0 if ref_x is None else len(targets), dtype=dtype)
     norms = logits.new_zeros(len(targets), 2 if ref_x is None else 4, dtype=dtype)
-    for rows in _chunks((targets != ignore_index).nonzero().squeeze(1), vocab, dtype):
+    kept = Kept(targets != ignore_index)
+    targets = kept.pick(targets) if kept.blank else targets
+    for rows in _chunks(kept.rows, vocab, dtype):
         z = _final(x, rows, how, dtype)
         top = z.amax(1, keepdim=True)
         z -= top
@@ -103,6 +106,8 @@ def _forward_in_chunks(
             norms[rows, 2], norms[rows, 3] = ref_top.squeeze(1), mean
             kl[rows] = mean - log_s + log_q
         entropy[rows] = log_s - e.mul_(z).sum(1) / s
+    for out in (logprobs, entropy, *(() if ref_x is None else (kl,))):
+        kept.clear_(out)
     return logprobs, entropy, kl, norms
 
 
@@ -118,8 +123,9 @@ def _backward_in_chunks(
     dtype, vocab = stat_dtype(logits), logits.shape[-1]
     x, ref_x = row_view(logits), None if ref_logits is None else row_view(ref_logits)
     dlogits = torch.zeros(len(targets), vocab, dtype=logits.dtype, device=logits.device)
-    wanted = (targets != ignore_index) & (torch.stack(grads) != 0).any(0)
-    for rows in _chunks(wanted.nonzero().squeeze(1), vocab, dtype):
+    wanted = Kept((targets != ignore_index) & (torch.stack(grads) != 0).any(0))
+    targets = wanted.pick(targets) if wanted.blank else targets
+    for rows in _chunks(wanted.rows, vocab, dtype):
         g, h, k = (grad[rows].unsqueeze(1) for grad in grads)
         entropy, norms = (t[rows].unsqueeze(-1) for t in saved)
         z = _final(x, rows, how, dtype)
@@ -134,13 +140,13 @@ def _backward_in_chunks(
         dz = inner.mul_(p).neg_()
         dz.scatter_add_(1, targets[rows].unsqueeze(1), g)
         dlogits.index_copy_(0, rows, _scale_gradient_(dz, z, rows, how).to(logits.dtype))
-    return dlogits.view(logits.shape)
+    return wanted.clear_(dlogits).view(logits.shape)
 
 
 # --- the custom op and its gradient -------------------------------------------------------------
 
 
-@torch.library.custom_op("gikernels::logprobs", mutates_args=())
+@torch.library.custom_op("gikernels::logprobs", mutates_args=(), tags=dispatch.OUTSIDE_GRAPHS)
 def _op(
     logits: Tensor,  # (..., V)
     targets: Tensor,  # (N) int64
@@ -150,7 +156,7 @@ def _op(
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
-    backend: str,
+    backend: str,  # "reference" or "triton", as dispatch.choose returned it
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs (N), entropy (N), kl (N) or (0), and for the backward, of no use to anyone else:
 
@@ -158,7 +164,7 @@ def _op(
     """
     how = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
     _check_values(logits, targets, temperatures, ignore_index)
-    if _choose(backend, logits) == "triton":
+    if backend == "triton":
         from gikernels.vocabulary import logprobs_triton
 
         return logprobs_triton.forward(logits, targets, ref_logits, how, ignore_index)
@@ -202,7 +208,9 @@ def _(
     return tuple(logits.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-@torch.library.custom_op("gikernels::logprobs_backward", mutates_args=())
+@torch.library.custom_op(
+    "gikernels::logprobs_backward", mutates_args=(), tags=dispatch.OUTSIDE_GRAPHS
+)
 def _backward_op(
     grad_logprobs: Tensor,  # (N)
     grad_entropy: Tensor,  # (N)
@@ -224,7 +232,7 @@ def _backward_op(
     if ref_logits is None:
         grad_kl = torch.zeros_like(entropy)
     grads, saved = (grad_logprobs, grad_entropy, grad_kl), (entropy, norms)
-    if _choose(backend, logits) == "triton":
+    if backend == "triton":
         from gikernels.vocabulary import logprobs_triton
 
         return logprobs_triton.backward(
@@ -313,7 +321,7 @@ def logprobs(
         None if softcap is None else float(softcap),
         float(logit_scale),
         ignore_index,
-        backend,
+        _choose(backend, logits),
     )
     return TokenStats(
         logprob.view(targets.shape),

@@ -117,7 +117,7 @@ def _store_row(
     tl.store(norms + 1, log_total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "splits", "ignore_index", "ref_width"])
 def forward_kernel(
     logits,  # (A, width, vocab)
     targets,  # (N)
@@ -199,7 +199,7 @@ def forward_kernel(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "splits", "ignore_index"])
 def merge_kernel(
     logits,
     targets,
@@ -250,7 +250,7 @@ def merge_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "ignore_index", "ref_width"])
 def backward_kernel(
     dlogits,  # (N, vocab) contiguous
     grad_logprobs,  # (N)

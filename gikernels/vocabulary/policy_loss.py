@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from gikernels import reference
-from gikernels.backends import checks
+from gikernels.backends import checks, dispatch
 from gikernels.backends.settings import workspace_for
 from gikernels.reference import LossOut, stat_dtype
 from gikernels.vocabulary.head import (
     Head,
+    Kept,
     RowStats,
     check_values,
     choose_backend,
@@ -118,7 +119,7 @@ def _add_gradients(
     g_logprob = pick(slope) * scale
     g_entropy = None
     if recipe.entropy_coef:
-        g_entropy = torch.full_like(g_logprob, -recipe.entropy_coef) * scale
+        g_entropy = pick(recipe.entropy_slope(logprobs, tokens)) * scale
     grads = row_grads(pick(tokens.targets), stats, pick(logprobs), g_logprob, g_entropy, None)
     back = grads.factor * head.logit_scale / temperature
     outer = head.outer(temperature)
@@ -146,7 +147,9 @@ def _add_gradients(
 METRICS = ("policy", "ratio", "clipfrac", "approxkl", "entropy", "kl")
 
 
-@torch.library.custom_op("gikernels::linear_policy_loss", mutates_args=())
+@torch.library.custom_op(
+    "gikernels::linear_policy_loss", mutates_args=(), tags=dispatch.OUTSIDE_GRAPHS
+)
 @full_precision
 def _op(
     hidden: Tensor,  # (N, D)
@@ -178,15 +181,12 @@ def _op(
     underflow before a loss scale can help.
     """
     dtype = stat_dtype(hidden, weight)
-    kept = mask.nonzero().squeeze(1)
-
-    def pick(t: Tensor) -> Tensor:
-        return t if len(kept) == len(mask) else t[kept]
-
+    kept = Kept(mask)
+    pick = kept.pick
     if temperatures is None:
         temperature_n = hidden.new_full((), temperature, dtype=dtype).expand(len(kept))
     else:
-        temperature_n = pick(temperatures).to(dtype)
+        temperature_n = pick(temperatures, 1).to(dtype)
     tokens = Tokens(
         pick(targets).long(),
         temperature_n,
@@ -194,6 +194,7 @@ def _op(
         pick(advantages).to(dtype),
         None if ref_logprobs is None else pick(ref_logprobs).to(dtype),
         None if kl_coefs is None else pick(kl_coefs).to(dtype),
+        mask if kept.blank else None,
     )
     if hidden.device.type == "cpu":
         check_values(tokens.targets, temperature_n, len(weight))
@@ -207,8 +208,8 @@ def _op(
     else:
         run = _chunked
     logprobs, entropy, (dx, dw, db) = run(x, tokens, head, recipe, scale, wanted)
-    if dx is not None and len(kept) < len(mask):
-        dx = torch.zeros(hidden.shape, dtype=dtype, device=dx.device).index_copy_(0, kept, dx)
+    if dx is not None and not kept.all:
+        dx = torch.zeros(hidden.shape, dtype=dtype, device=dx.device).index_copy_(0, kept.rows, dx)
     saved = _saved_dtype(weight)
     dx, dw, db = (
         hidden.new_empty(0, dtype=d) if x is None else x.to(d)
@@ -224,24 +225,24 @@ def _saved_dtype(weight: Tensor) -> torch.dtype:
 def _total(
     logprobs: Tensor, entropy: Tensor, tokens: Tokens, recipe: Recipe, denom: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The specification's own text, on rows that are all unmasked: a few vectors."""
-    everyone = torch.ones_like(logprobs, dtype=torch.bool)
+    """The specification's own text, on rows that are as good as all unmasked: a few vectors."""
+    counts = torch.ones_like(logprobs, dtype=torch.bool) if tokens.counts is None else tokens.counts
     loss, metrics = reference.ppo_loss(
         logprobs,
         tokens.old_logprobs,
         tokens.advantages,
-        everyone,
+        counts,
         denom=denom,
         clip_low=recipe.clip_low,
         clip_high=recipe.clip_high,
         dual_clip=recipe.dual_clip,
     )
-    mean_entropy = entropy.sum() / denom
+    mean_entropy = tokens.only_counting(entropy).sum() / denom
     values = [loss, *metrics.values(), mean_entropy]
     loss = loss - recipe.entropy_coef * mean_entropy
     if tokens.ref_logprobs is not None:
         d = logprobs - tokens.ref_logprobs
-        kl = reference.kl_estimate(d, recipe.kl_estimator)
+        kl = tokens.only_counting(reference.kl_estimate(d, recipe.kl_estimator))
         values.append(kl.sum() / denom)
         cost = kl if tokens.kl_coefs is None else kl * tokens.kl_coefs
         loss = loss + recipe.kl_coef * (cost.sum() / denom)

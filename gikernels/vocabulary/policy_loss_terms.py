@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gikernels import reference
+from gikernels.backends import dispatch
 
 
 class Tokens(NamedTuple):
@@ -18,7 +19,11 @@ class Tokens(NamedTuple):
     old_logprobs: Tensor
     advantages: Tensor
     ref_logprobs: Tensor | None
-    kl_coefs: Tensor | None  # beside the recipe's kl_coef, which is 1 then
+    kl_coefs: Tensor | None = None  # beside the recipe's kl_coef, which is 1 then
+    counts: Tensor | None = None  # bool, where rows that do not count could not be taken out
+
+    def only_counting(self, slope: Tensor) -> Tensor:
+        return slope if self.counts is None else slope.where(self.counts, 0)
 
     def rows(self, rows: slice | Tensor) -> Tokens:
         return Tokens._make(None if x is None else x[rows] for x in self)
@@ -39,16 +44,21 @@ class Recipe(NamedTuple):
             logprobs, old, advantages, self.clip_low, self.clip_high, self.dual_clip
         )
         slope = torch.where(clipped & ~loss.isnan(), 0, -ratio * advantages)
-        if tokens.ref_logprobs is None or self.kl_coef == 0:
-            return slope
-        d = logprobs - tokens.ref_logprobs
-        by_d = {"k1": torch.ones_like, "k2": lambda d: d, "k3": lambda d: -torch.expm1(-d)}
-        by_row = 1 if tokens.kl_coefs is None else tokens.kl_coefs
-        return slope + self.kl_coef * by_row * by_d[self.kl_estimator](d)
+        if tokens.ref_logprobs is not None and self.kl_coef != 0:
+            d = logprobs - tokens.ref_logprobs
+            by_d = {"k1": torch.ones_like, "k2": lambda d: d, "k3": lambda d: -torch.expm1(-d)}
+            by_row = 1 if tokens.kl_coefs is None else tokens.kl_coefs
+            slope = slope + self.kl_coef * by_row * by_d[self.kl_estimator](d)
+        return tokens.only_counting(slope)
+
+    def entropy_slope(self, logprobs: Tensor, tokens: Tokens) -> Tensor:
+        """d loss / d entropy of each token, before the division by denom."""
+        return tokens.only_counting(torch.full_like(logprobs, -self.entropy_coef))
 
 
 def active_rows(slope: Tensor, recipe: Recipe) -> Tensor:
-    """Indices of the rows that have a gradient: not those that are clipped or have no advantage."""
-    if recipe.entropy_coef:
+    """Indices of the rows that have a gradient: not those that are clipped or have no advantage.
+    All of them while a CUDA graph is captured, as nobody may wait for their number."""
+    if recipe.entropy_coef or dispatch.capturing(slope):
         return torch.arange(len(slope), device=slope.device)
     return (slope != 0).nonzero().squeeze(1)

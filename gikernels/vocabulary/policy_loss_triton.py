@@ -27,7 +27,7 @@ from gikernels.vocabulary.policy_loss_terms import Recipe, Tokens, active_rows
 DLOGITS_ROWS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _exps_kernel(
     x,  # (N, D), or its descriptor
     w,  # (V, D)
@@ -105,13 +105,13 @@ def _store_exps(
     row_outer = tiles.row_outer(temperatures, rows, N, outer)
     z = tiles.final_of_raw(raw, bias, cols, V, inner, row_outer, SOFTCAP)
     z = tl.where((cols < V)[None, :], z, float("-inf"))
-    target = tl.load(targets + rows, mask=rows < N, other=-1).to(tl.int64)
-    here = (target >= col) & (target < col + raw.shape[1]) & (rows < N)
+    target = tiles.narrow(tl.load(targets + rows, mask=rows < N, other=-1).to(tl.int64), V)
+    here = (target >= col) & (target < col + raw.shape[1])
     picked = tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
     tl.store(target_z + rows, picked, mask=here)
     peak, total, weighted = tiles.tile_stats(z)
     at = segments + rows.to(tl.int64) * S + col // raw.shape[1]
-    plane = N.to(tl.int64) * S
+    plane = tl.full((), 1, tl.int64) * N * S
     some = (rows < N) & (col < V)
     tl.store(at, peak, mask=some)
     tl.store(at + plane, total, mask=some)
@@ -122,7 +122,7 @@ def _store_exps(
     tl.store(to, kept, mask=(rows < N)[:, None] & (cols < V)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _dlogits_kernel(
     exps,  # (N, V), rows exps_n apart: read
     dz,  # the same memory, perhaps of another 16-bit type: written
@@ -163,7 +163,7 @@ def _dlogits_kernel(
     target_z = tl.load(at + 5 * n, mask=row_mask, other=0.0)
     # log(0) is -inf, a probability of 0. The target's logit is the exact one: where the policy is
     # confident, 1 - p[target] is small and must not come from a rounded exponential.
-    is_target = cols[None, :] == target[:, None]
+    is_target = cols[None, :] == tiles.narrow(target, V)[:, None]
     z = tl.where(is_target, target_z, tl.log(e) + segment_peak[:, None])
     log_p = z - peak - log_total
     grad = tiles.dlogits(log_p, is_target, g_logprob, g_entropy, entropy)
@@ -217,7 +217,7 @@ def chunked(
                 stats.peak,
                 stats.total.log(),
                 slope * scale,
-                torch.full_like(slope, -recipe.entropy_coef) * scale,
+                recipe.entropy_slope(slope, some) * scale,
                 stats.entropy,
                 target_z,
             ]

@@ -213,6 +213,13 @@ def product_tile(
 
 
 @triton.jit
+def narrow(target, V):
+    """Targets in 32 bits, -1 where they are no token: every logit of a tile is compared with one of
+    them, which in 64 bits was a third of the epilogue's instructions."""
+    return tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
+
+
+@triton.jit
 def row_outer(temperatures, rows, N, outer):
     """`outer` of final_logits: a number, or (ROWS, 1) where each row has a temperature."""
     if temperatures is not None:

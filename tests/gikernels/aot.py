@@ -21,43 +21,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import inspect
 import io
 import json
 import os
-import pkgutil
 import re
 import sys
 import tempfile
 import time
 from multiprocessing import get_context
-from pathlib import Path
 
 from triton.backends.compiler import GPUTarget
 
+from tests.gikernels.pretend import GPUS, modules
+
 # Shared memory that one program may ask for, in bytes.
-TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10),
-    "sm_90": (GPUTarget("cuda", 90, 32), 227 << 10),
-    "sm_100": (GPUTarget("cuda", 100, 32), 227 << 10),
-    "sm_120": (GPUTarget("cuda", 120, 32), 99 << 10),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
-}
-FIRST_ONLY = {"sm_80", "sm_120", "gfx942"}
-ROOMS = ("backends", "groups", "sequence", "vocabulary")
+TARGETS = {f"sm_{arch}": (GPUTarget("cuda", arch, 32), has[0]) for arch, has in GPUS.items()}
+TARGETS["gfx942"] = (GPUTarget("hip", "gfx942", 64), 64 << 10)
+FIRST_ONLY = {"sm_80", "sm_89", "sm_120", "gfx942"}
 KNOWN = {"name", "fn", "signature", "constexprs", "attrs", "archs", "main"}
-
-
-def modules():
-    import gikernels
-
-    top = Path(gikernels.__file__).parent
-    return [
-        importlib.import_module(f"gikernels.{room}.{found.name}")
-        for room in ROOMS
-        for found in pkgutil.iter_modules([str(top / room)])
-    ]
 
 
 def cases(target: str, every: bool = False) -> list[dict]:

@@ -25,6 +25,7 @@ FLOORS = (
     "meta",
     "",  # gikernels itself: the public API
     "build",
+    "selftest",
     "integrations",
 )
 OPERATIONS = {"vocabulary", "sequence", "groups"}

@@ -176,6 +176,21 @@ def test_a_shipped_library_needs_no_compiler(fresh, quick, tmp_path):
     assert build.shipped("cpp", ()) is None
 
 
+@COMPILER
+def test_a_shipped_library_that_does_not_load_is_built_here(fresh, quick, tmp_path):
+    """Another C library, say. Where that fails too, both reasons are told."""
+    fresh.setattr(build, "SHIPPED", tmp_path / "lib")
+    fresh.setenv("CXX", quick)
+    shipped = build.build("cpp", into=tmp_path / "lib")
+    shipped.write_bytes(b"not a library")
+    available, path = build.status("cpp")
+    assert available and Path(path).parent == build.cache_dir()
+    build._load_once.cache_clear()
+    fresh.setenv("CXX", "no-such-compiler")
+    available, reason = build.status("cpp")
+    assert not available and shipped.name in reason and "no-such-compiler" in reason
+
+
 def test_a_shipped_cuda_library_must_serve_every_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "SHIPPED", tmp_path)
     library = tmp_path / f"cuda-{build._hash(*build._recipe('cuda'))}-sm80-sm90.so"

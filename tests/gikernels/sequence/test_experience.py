@@ -154,6 +154,31 @@ def test_strided_inputs_and_fresh_outputs(backend, device):
     assert all(x.is_contiguous() for x in a)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+@pytest.mark.parametrize(
+    ("gamma", "lam"), [(1, 1), (0.99, 0.9), (0.9, 0.25), (1, 1e-4), (1, 0), (0, 0.5)]
+)
+def test_gae_of_several_blocks_at_any_decay(gamma, lam, offset, device):
+    """Where gamma * lam is small a kernel must not divide by it. Holes, rows of none and of one."""
+    s, t = 6, 2100
+    rewards, values = torch.randn(2, s, t, device=device)
+    values += offset
+    mask = torch.rand(s, t, device=device) < 0.7
+    mask[1], mask[2, 5:], mask[3, :-1] = False, False, False
+    for last in (None, values[:, 0] + 1):
+        args = (rewards, values, mask, last)
+        want = reference.gae(*map(double, args[:2]), mask, gamma=gamma, lam=lam,
+                             last_values=None if last is None else last.double())  # fmt: skip
+        size = want.advantages.abs().max()
+        for backend in gae_backends():
+            got = gk.gae(*args[:3], gamma=gamma, lam=lam, last_values=last, backend=backend)
+            assert (got.advantages - want.advantages).abs().max() <= 4e-6 * size, backend
+
+
+def gae_backends():
+    return [name for name in ("triton", "reference") if gk.backends()[name]]
+
+
 @pytest.mark.parametrize("critic", [True, False])
 @pytest.mark.parametrize("backend", WITH_CPP)
 def test_offset_of_a_million(backend, critic, device):

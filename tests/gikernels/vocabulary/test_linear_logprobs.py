@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gikernels
 from gikernels import backends, reference
+from gikernels.backends import dispatch
 from gikernels.backends.settings import workspace
 from gikernels.vocabulary import linear_logprobs as MODULE
 
@@ -283,6 +284,30 @@ def test_two_runs_are_bit_equal_and_graphs_can_be_used_twice(backend, device):
     out = linear_logprobs(hidden, p["weight"], p["targets"], backend=backend)
     grads = [torch.autograd.grad(out.logprobs.sum(), hidden, retain_graph=True)[0] for _ in "12"]
     assert torch.equal(*grads)
+
+
+def test_while_a_graph_is_captured_nobody_waits_for_a_number_of_rows(backend, device, monkeypatch):
+    """All rows stay, blank where they do not count, NaN or not: the same results."""
+    p = problem(device)
+    args, keywords = arguments(p, OPTIONS["everything"])
+    hidden, weight, targets, *others = args
+    hidden = hidden.detach().clone()
+    hidden[targets == -100] = NAN
+    leaves = [x.requires_grad_() for x in (hidden, weight, keywords["bias"])]
+    g = torch.randn(3, len(targets), device=device)
+    g[:, ::5] = 0
+
+    def run():
+        out = linear_logprobs(hidden, weight, targets, *others, **keywords, backend=backend)
+        loss = sum((a * b).sum() for a, b in zip(out, g) if a is not None)
+        return *out, *torch.autograd.grad(loss, leaves)
+
+    want = run()
+    monkeypatch.setattr(dispatch, "capturing", lambda tensor: True)
+    monkeypatch.setattr(torch.Tensor, "nonzero", None)
+    monkeypatch.setattr(torch.Tensor, "tolist", None)
+    for got, expected in zip(run(), want):
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_forward_is_one_launch(device, monkeypatch):

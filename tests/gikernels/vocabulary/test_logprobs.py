@@ -66,6 +66,22 @@ def assert_as_good_as_plain(logits, targets, backend, grads=None, eps=2e-6, **op
     return ours, gradient
 
 
+def test_while_a_graph_is_captured_nobody_waits_for_a_number_of_rows(device, monkeypatch):
+    """In PyTorch; the kernels never wait. All rows stay, blank where they do not count."""
+    logits, targets, ref_logits = inputs((9,), 300, torch.float32, device, ref=True)
+    targets[::3] = -100
+    logits[::3] = NAN
+    grads = torch.randn(3, 9, device=device)
+    grads[:, 4] = 0
+    options = {"ref_logits": ref_logits, "backend": "reference", **FULL}
+    *want, gradient = values_and_gradient(logprobs, logits, targets, grads, **options)
+    monkeypatch.setattr(dispatch, "capturing", lambda tensor: True)
+    monkeypatch.setattr(torch.Tensor, "nonzero", None)
+    *got, captured = values_and_gradient(logprobs, logits, targets, grads, **options)
+    for a, b in zip((*got[0], captured), (*want[0], gradient)):
+        assert torch.equal(a, b)
+
+
 # --- values and gradients -----------------------------------------------------------------------
 
 

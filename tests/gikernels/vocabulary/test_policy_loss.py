@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gikernels import backends, linear_policy_loss, reference
+from gikernels.backends import dispatch
 from gikernels.backends.settings import workspace
 from gikernels.vocabulary import policy_loss as MODULE
 
@@ -221,6 +222,20 @@ def test_micro_batches_add_up(backend, device):
         else:
             total = sum(x[name] for x in parts)
         assert torch.allclose(total, whole[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_while_a_graph_is_captured_nobody_waits_for_a_number_of_rows(
+    name, backend, device, monkeypatch
+):
+    """All rows stay, blank where they do not count, NaN or not: the same results."""
+    p = problem(device)
+    want = run(linear_policy_loss, p, OPTIONS[name], backend=backend)
+    monkeypatch.setattr(dispatch, "capturing", lambda tensor: True)
+    monkeypatch.setattr(torch.Tensor, "nonzero", None)
+    got = run(linear_policy_loss, p, OPTIONS[name], backend=backend)
+    for key, value in want.items():
+        assert torch.allclose(got[key], value, rtol=1e-4, atol=1e-6), key
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
