@@ -27,7 +27,8 @@ commands
   metarm   rounds of a reward model that follows the policy, and of PPO with it
   eval     score a model on the evaluation prompts, by domain and group
   report   write report.html and plots of a run; `gi report A B` compares runs
-  doctor   what this machine has, what is missing and how to get it
+  doctor   what this machine has, what is missing and how to get it; with --kernels: whether each
+           operation computes right here
   keys     every setting with its default and what it does; `gi keys groups`: of one section
 
 CONFIG     a path to a .yaml file, or a packaged configuration: {packaged}
@@ -93,6 +94,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("rest", nargs="*")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--output", default="")
     args = parser.parse_intermixed_args(arguments)
     if args.command not in COMMANDS:
@@ -108,7 +110,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.command == "doctor":
         from trainer.cli import doctor
 
-        return doctor.show()
+        return doctor.kernels() if args.kernels else doctor.show()
     if args.command == "keys":
         return _keys(args.config)
     if args.command == "report":
@@ -191,7 +193,7 @@ def _execute(config: Config, command: str, stages: Sequence[str], resume: bool) 
             checkpoint.forget(run, stage)
     say(f"on {parallel.describe()}, {loading.describe_attention(config)}")
     for stage in stages:
-        registry.RUN[stage](config, run, resume)
+        registry.run(stage, config, run, resume)
     if command == "train" and parallel.is_main():
         from trainer import report
 

@@ -67,7 +67,7 @@ def train(overrides, output, stages, resume=False, kill=None):
     run = RunFolder(output)
     config = tiny.config(output, *overrides)
     for stage in stages:
-        registry.RUN[stage](config, run, resume)
+        registry.run(stage, config, run, resume)
 
 
 def ranks(count, function, *arguments):

@@ -36,6 +36,13 @@ def show() -> int:
     return 0
 
 
+def kernels() -> int:
+    """Each operation against float64 on this machine; 1 where one is off."""
+    from gikernels import selftest
+
+    return selftest.main([])
+
+
 Row = tuple[str, str, str]
 
 

@@ -46,6 +46,11 @@ class Model(Section, at="model"):
         "Sequences side by side in one row, without padding; auto: on a GPU. In place of "
         "attention.",
     )
+    kernels: Literal["auto", "triton", "reference"] = key(
+        "auto",
+        "Our operations: the best that runs here; or reference, PyTorch in chunks, where a GPU "
+        "misbehaves with Triton (gi doctor --kernels tells).",
+    )
     compile: bool = key(
         False, "torch.compile of each block: a slow start, for faster steps on a GPU."
     )

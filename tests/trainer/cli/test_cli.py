@@ -14,6 +14,8 @@ from tests.trainer import tiny
 from trainer.__main__ import COMMANDS, main
 from trainer.cli import check, memory
 from trainer.config import load
+from trainer.runs.folder import RunFolder
+from trainer.stages import registry
 from trainer.worlds.toy import World
 
 ROOT = Path(__file__).parents[3]
@@ -334,3 +336,17 @@ def test_keys_and_doctor(gi):
     assert code == 0
     for part in ("torch", "gikernels: reference", "vLLM", ".[vllm]"):
         assert part in out
+
+
+def test_kernels_can_be_checked_and_switched_off(gi, monkeypatch, capsys):
+    """`gi doctor --kernels` is the operations' own test; model.kernels holds for every stage."""
+    from gikernels import selftest
+    from gikernels.backends import dispatch
+
+    monkeypatch.setattr(selftest, "main", lambda arguments: 7 if arguments == [] else 0)
+    assert gi("doctor", "--kernels")[0] == 7
+    seen = []
+    monkeypatch.setitem(registry.STAGES, "sft", lambda *_: seen.append(dispatch._preferred))
+    for name in ("auto", "reference"):
+        registry.run("sft", load("toy", [f"model.kernels={name}"]), RunFolder("unused"), False)
+    assert seen == ["auto", "reference"] and dispatch._preferred == "auto"
