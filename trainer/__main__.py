@@ -174,6 +174,8 @@ def _execute(config: Config, command: str, stages: Sequence[str], resume: bool) 
     from trainer.runs.folder import RunFolder
     from trainer.stages import metarm, registry
 
+    if config.trainer.deterministic:
+        parallel.deterministic()
     if config.run.threads:
         import torch
 

@@ -70,6 +70,11 @@ class Trainer(Section, at="trainer"):
         above=0,
         result=False,
     )
+    deterministic: bool = key(
+        False,
+        "The same bits from every run on the same GPUs and versions, at some speed; see "
+        "docs/trainer.md.",
+    )
     profile: bool = key(
         False,
         "Write a torch profiler trace and a memory timeline of a few steps, into profile/.",
