@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -126,10 +127,11 @@ def _run(args: argparse.Namespace) -> int:
     _refuse_what_is_missing(config, stages, resume)
 
     from trainer import parallel
-    from trainer.cli import plan
+    from trainer.cli import hub, plan
     from trainer.cli.check import check
 
-    parallel.start()
+    fetch = None if args.dry_run else partial(hub.fetch, config, stages)
+    parallel.start(config.trainer.timeout, first=fetch)
     checked = check(config, stages, dry_run=args.dry_run)
     _check_folder(config, args.command, resume)
     if args.dry_run:
@@ -174,6 +176,8 @@ def _execute(config: Config, command: str, stages: Sequence[str], resume: bool) 
     from trainer.runs.folder import RunFolder
     from trainer.stages import metarm, registry
 
+    if config.trainer.deterministic:
+        parallel.deterministic()
     if config.run.threads:
         import torch
 

@@ -85,7 +85,8 @@ def _solve_in_torch(
     """One row, as csrc/partition.h, which has the proofs. None where there is no such partition."""
     points = reference.distinct_points(values, weights)
     sums = (points.members, points.mass, points.mass * points.centred)
-    members, mass, moment = (F.pad(t.cumsum(0), (1, 0)) for t in sums)  # (u + 1) each
+    # (u + 1) each; by the CPU, for the bits of a GPU's cumsum may differ from run to run.
+    members, mass, moment = (F.pad(t.cpu().cumsum(0), (1, 0)).to(t.device) for t in sums)
     # The latest cut that leaves min_size members before point j, and the earliest after; may be -1
     # and u + 1, where there is none.
     latest = torch.searchsorted(members, members - min_size, right=True) - 1

@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items):
 
 
 def config(output, *overrides):
-    return tiny.config(output, *SHAPE, "rollout.engine=vllm", "rollout.batch=64", *overrides)
+    return tiny.config(output, *SHAPE, "rollout.engine=vllm", "rollout.max_num_seqs=64", *overrides)
 
 
 @pytest.fixture(scope="session")

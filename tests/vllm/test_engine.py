@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from trainer.batch.sequences import forward_all
 from trainer.models import loading
+from trainer.models.policy import Policy, log_probabilities
 from trainer.rollout.engine import LogprobMismatch, check_logprobs
 from trainer.rollout.make import make_engine
 from trainer.rollout.vllm import Request
@@ -43,12 +44,11 @@ def generate(engine, samples=3, seed=0):
 
 def difference(config, policy, engine, rollout, bound=1e-4):
     """Raises past the bound, which is that of float32."""
-    temperature = config.rollout.temperature
-    with torch.no_grad():
-        (logprobs,) = forward_all(
-            lambda part: (policy(part, temperature).logprobs,), rollout.sequences, 10_000
-        )
-    return check_logprobs(rollout, logprobs, bound, engine.synced)
+    ask = log_probabilities(config.rollout.temperature)
+    (logprobs,) = forward_all(
+        lambda part: (policy(part, ask).logprobs,), rollout.sequences, 10_000, (True,)
+    )
+    return check_logprobs(rollout, logprobs, bound, engine.synced)["rollout/logprob_diff_max"]
 
 
 def update(policy, seed):
@@ -90,7 +90,7 @@ def test_prefixes_of_older_weights_are_found_out_and_forgotten(setup, monkeypatc
         engine.sync(policy, 1)
     with pytest.raises(LogprobMismatch, match=r"sync 2 \(an update, weights of step 1\)"):
         difference(config, policy, engine, generate(engine))
-    engine.sync(policy, 1)
+    engine.sync(policy, 2)  # a sync of step 1 has been
     assert difference(config, policy, engine, generate(engine)) < 1e-4
 
 
@@ -115,11 +115,39 @@ def test_seeds_decide_and_the_batch_does_not(setup):
     assert answers == generate(engine).sequences.answers()
     assert answers != generate(engine, seed=1).sequences.answers()
     assert len({tuple(answer) for answer in answers}) > 6
-    # sample 2 of the second prompt, alone
+    # sample 3 of the second prompt, alone
     seeds = torch.randint(2**62, (12,), generator=torch.Generator().manual_seed(0)).tolist()
     request = Request(PROMPTS[1], 12, seeds[5])
     (alone,) = engine.vllm.generate([request], sorted(engine.eos), lambda: None)
     assert alone.tokens == answers[5]
+
+
+def test_without_seeds_answers_are_samples_and_repeat(setup):
+    """By the process's random numbers, which stay what they were."""
+    config, policy, engine = setup("rollout.seeded=false")
+    before = torch.get_rng_state()
+    answers = generate(engine).sequences.answers()
+    assert torch.equal(torch.get_rng_state(), before)
+    rollout = generate(engine)
+    assert answers == rollout.sequences.answers() != generate(engine, seed=1).sequences.answers()
+    assert len({tuple(answer) for answer in answers}) > 6
+    assert difference(config, policy, engine, rollout) < 1e-4
+
+
+def test_weights_that_are_here_do_not_come_again(setup, monkeypatch):
+    config, policy, engine = setup()
+    loads = []
+    load = engine.vllm.load
+    monkeypatch.setattr(engine.vllm, "load", lambda w: loads.append(load(w)))
+    engine.sync(policy, 0)  # as of the setup
+    generate(engine)
+    assert not loads
+    other = make_engine(config, engine.tokenizer)
+    other.sync(loading.load_policy(str(config.run.output) + "/models/sft", config))
+    assert other.vllm is engine.vllm and len(loads) == 1
+    engine.sync(policy, 0)
+    assert len(loads) == 2
+    assert difference(config, policy, engine, generate(engine)) < 1e-4
 
 
 def test_sleep_is_not_pretended_where_there_is_none(setup):
@@ -140,7 +168,7 @@ def test_starting_it_leaves_the_process_randomness_alone(setup):
         random.seed(1), np.random.seed(1), torch.manual_seed(1)
 
     config, policy, engine = setup()
-    other = make_engine(config.override(["rollout.batch=3"]), engine.tokenizer)
+    other = make_engine(config.override(["rollout.max_num_seqs=3"]), engine.tokenizer)
     seed()
     want = draw()
     seed()
@@ -158,7 +186,7 @@ def test_families_of_models(setup, family):
     shape = {name: getattr(policy.model.config, name) for name in names}
     torch.manual_seed(0)
     made = getattr(transformers, f"{family}Config")(**shape, tie_word_embeddings=True)
-    policy = policy.Policy(AutoModelForCausalLM.from_config(made)).eval()
+    policy = Policy(AutoModelForCausalLM.from_config(made)).eval()
     update(policy, 0)
     engine = make_engine(config, engine.tokenizer)
     engine.sync(policy)
@@ -167,7 +195,7 @@ def test_families_of_models(setup, family):
 
 def test_answers_are_samples_of_the_policy(setup):
     """Not only are the log-probabilities right: the shares of first tokens are."""
-    _, policy, engine = setup("rollout.max_new_tokens=1", "rollout.batch=512")
+    _, policy, engine = setup("rollout.max_new_tokens=1", "rollout.max_num_seqs=512")
     count = 4000
     rollout = engine.generate(PROMPTS[:1], count, torch.Generator().manual_seed(1))
     first = torch.tensor([answer[0] for answer in rollout.sequences.answers()])
@@ -211,6 +239,4 @@ def test_stop_texts_end_an_answer_as_they_do_with_the_other_engine(setup):
 
 def test_bfloat16(setup):
     config, policy, engine = setup("model.dtype=bfloat16")
-    rollout = generate(engine)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert difference(config, policy, engine, rollout, 0.1) > 0
+    assert 0 < difference(config, policy, engine, generate(engine), 0.1) < 0.1

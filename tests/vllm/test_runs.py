@@ -23,7 +23,7 @@ SETTINGS = [
     *tiny.SMALL,
     *SHAPE,
     "rollout.engine=vllm",
-    "rollout.batch=64",
+    "rollout.max_num_seqs=64",
     "ppo.steps=5",
     "ppo.prompts_per_step=8",
     "ppo.samples_per_prompt=2",

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import urlparse
 
 from trainer.batch.types import Pair, Prompt
+from trainer.cli import hub
 from trainer.cli.memory import PUBLISHED, Shape, planned_ranks, published, shape_of
 from trainer.config import Config, ConfigError
 from trainer.data.encode import check_tokenizer
@@ -48,7 +47,7 @@ def check(config: Config, stages: Sequence[str], dry_run: bool = False) -> Check
     found = Checked()
     _need_packages(config)
     _need_vllm(config, found, dry_run)
-    if _remote(config) and not _hub_reachable():
+    if hub.names(config, stages) and not hub.reachable():
         os.environ["HF_HUB_OFFLINE"] = "1"  # fail (or find the local copy) at once, not in 25 s
     import transformers
 
@@ -90,7 +89,11 @@ def _check_data(
             rows = load()
         except DataError as error:
             # Only what is not on this machine can be let pass.
-            if dry_run and "cannot be loaded" in str(error) and _is_name(getattr(config.data, key)):
+            if (
+                dry_run
+                and "cannot be loaded" in str(error)
+                and hub.is_name(getattr(config.data, key))
+            ):
                 found.notes.append(str(error))
                 return []
             raise
@@ -184,14 +187,7 @@ def _need_models_of_earlier_stages(config: Config, stages: Sequence[str]) -> Non
 
 def _need_local_files(config: Config, stages: Sequence[str]) -> None:
     """What can be said of data without a tokenizer: whether the files are there."""
-    keys = {
-        "sft": ("demonstrations",),
-        "rm": ("pairs",),
-        "ppo": ("prompts", "eval_prompts", "ood_prompts"),
-        "metarm": ("pairs", "prompts", "eval_prompts", "ood_prompts"),
-        "eval": ("eval_prompts", "ood_prompts"),
-    }
-    for key in dict.fromkeys(key for stage in stages for key in keys[stage]):
+    for key in dict.fromkeys(key for stage in stages for key in hub.DATA[stage]):
         source = getattr(config.data, key)
         if source.endswith(FILES) and not Path(source).is_file():
             raise DataError(f"data.{key}: {source}: no such file")
@@ -200,7 +196,7 @@ def _need_local_files(config: Config, stages: Sequence[str]) -> None:
 def _shape(key: str, source: str, config: Config, found: Checked, dry_run: bool) -> Shape | None:
     if registry.is_world(source):
         return shape_of(registry.world(source, config).model_config(), source)
-    if _is_path(source) and not Path(source).exists():
+    if hub.is_path(source) and not Path(source).exists():
         raise ConfigError("no such file or folder", key, source)
     from transformers import AutoConfig
 
@@ -210,7 +206,7 @@ def _shape(key: str, source: str, config: Config, found: Checked, dry_run: bool)
         )
     except Exception as error:  # the hub, the network, a broken file
         problem = f"cannot be resolved: {first_line(error)}"
-        if not dry_run or _is_path(source):
+        if not dry_run or hub.is_path(source):
             raise ConfigError(problem, key, source) from None
         known = PUBLISHED.get(source)
         also = "its published architecture is used" if known else "no memory estimate"
@@ -231,43 +227,3 @@ def _count(rows: Sequence[Row]) -> str:
 
     counts = [tokens(row) for row in rows]
     return f"{len(rows)} rows, {sum(counts) / len(counts):.0f} tokens each, at most {max(counts)}"
-
-
-def _is_name(source: str) -> bool:
-    return (
-        source != ""
-        and not registry.is_world(source)
-        and not source.endswith(FILES)
-        and not _is_path(source)
-    )
-
-
-def _is_path(source: str) -> bool:
-    return Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
-
-
-def _remote(config: Config) -> bool:
-    data, model = config.data, config.model
-    sources = [
-        model.policy,
-        model.reference,
-        model.reward,
-        data.demonstrations,
-        data.prompts,
-        data.pairs,
-        data.eval_prompts,
-        data.ood_prompts,
-    ]
-    return any(_is_name(source) for source in sources)
-
-
-def _hub_reachable() -> bool:
-    host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
-    proxies = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
-    if any(os.environ.get(name) for name in proxies):
-        return True
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        return False
-    return True

@@ -43,8 +43,8 @@ class Model(Section, at="model"):
     attention: str = key("sdpa", "Attention of transformers: sdpa, eager, flash_attention_2 ...")
     packing: Literal["auto", "on", "off"] = key(
         "auto",
-        "Sequences side by side in one row, without padding; auto: on a GPU. In place of "
-        "attention.",
+        "Sequences side by side in one row, without padding, in place of model.attention; off: "
+        "padded, as the model's own attention wants it.",
     )
     kernels: Literal["auto", "triton", "reference"] = key(
         "auto",

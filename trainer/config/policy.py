@@ -85,10 +85,15 @@ class Rollout(Section, at="rollout"):
         above=0,
     )
     batch: int = key(
-        128,
-        "Sequences that generate together; with vLLM: at most, on each engine.",
-        low=1,
-        basic=True,
+        128, "engine=hf: sequences that generate together, on each rank.", low=1, basic=True
+    )
+    max_num_seqs: int = key(
+        512, "vLLM: at most so many sequences generate together, on each engine.", low=1
+    )
+    seeded: bool = key(
+        True,
+        "vLLM: a seed for each answer, drawn one by one; false: faster, but answers depend on "
+        "what they are batched with.",
     )
     stop: tuple[str, ...] = key(
         (),

@@ -64,6 +64,17 @@ class Trainer(Section, at="trainer"):
         "Whole copies of each model, every one sharded over ranks / replicas (HSDP): one a node.",
         low=1,
     )
+    timeout: float = key(
+        1800.0,
+        "Seconds for which ranks wait for each other: longer than the slowest judge or node takes.",
+        above=0,
+        result=False,
+    )
+    deterministic: bool = key(
+        False,
+        "The same bits from every run on the same GPUs and versions, at some speed; see "
+        "docs/trainer.md.",
+    )
     profile: bool = key(
         False,
         "Write a torch profiler trace and a memory timeline of a few steps, into profile/.",

@@ -85,6 +85,11 @@ class Config(Section):
             "train, or a source in data.ood_prompts",
         )
         self.require(
+            not (self.trainer.deterministic and self.rollout.engine == "vllm"),
+            "rollout.engine",
+            "hf with trainer.deterministic=true: vLLM promises no bits",
+        )
+        self.require(
             "metarm" not in self.run.stages or self.metarm.rounds > 0,
             "metarm.rounds",
             "1 or more with stage metarm",

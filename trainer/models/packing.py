@@ -262,6 +262,7 @@ def packed_attention(
         out = flash_attn_varlen_func(
             q, k, v, packed.bounds, packed.key_bounds, longest, longest_keys,
             softmax_scale=scaling, causal=True, window_size=window,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
     else:
         from torch.nn.attention.varlen import varlen_attn

@@ -7,6 +7,7 @@ place    a model onto this rank's device, or its shards over several; precision
 from trainer.parallel.place import (
     blocks,
     compute_dtype,
+    deterministic,
     heads,
     in_compute_dtype,
     place,
@@ -48,6 +49,7 @@ __all__ = [
     "compute_dtype",
     "cpu_group",
     "describe",
+    "deterministic",
     "device",
     "gather_objects",
     "generator",

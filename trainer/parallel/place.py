@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -113,6 +114,15 @@ def blocks(module: nn.Module) -> list[nn.Module]:
     parts = list(module.modules())
     kinds = {kind for part in parts for kind in getattr(part, "_no_split_modules", None) or ()}
     return [part for part in parts if type(part).__name__ in kinds]
+
+
+def deterministic() -> None:
+    """No operation whose bits depend on which thread comes first, in this process. torch's own
+    attention then takes its slower backward, flash-attn is asked for it where it is called, and
+    what has no such form raises."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nobody reads it
 
 
 @contextlib.contextmanager

@@ -13,10 +13,14 @@ import functools
 import hashlib
 import os
 import resource
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -48,16 +52,40 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def start() -> None:
-    """Join the others, if torchrun started us."""
+def start(timeout: float = 1800.0, first: Callable[[], None] | None = None) -> None:
+    """Join the others, if torchrun started us; `timeout`: seconds until a collective is given up.
+
+    `first` is done before, by one rank of each node; the others wait for as long as it takes.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
         # torchrun's store outlives a restart; the addresses of the ranks before are still in it.
-        store, *who = next(torch.distributed.rendezvous("env://"))
+        store, number, ranks = next(torch.distributed.rendezvous("env://"))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
-        init_group(store, *who)
+        if first is not None:
+            _once_a_node(store, first)
+        init_group(store, number, ranks, timeout)
+
+
+def _once_a_node(store: torch.distributed.Store, do: Callable[[], None]) -> None:
+    """What fails on one node is told to all ranks."""
+    key, nodes = "before_the_group_{}", int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        problem = ""
+        try:
+            do()
+        except Exception as error:
+            problem = str(error) or type(error).__name__
+            raise
+        finally:
+            store.set(key.format(os.environ.get("GROUP_RANK", "0")), problem)
+    for node in range(nodes):
+        while not store.check([key.format(node)]):
+            time.sleep(0.1)
+        if problem := store.get(key.format(node)).decode():
+            raise ConfigError(problem)
 
 
 def join_alone() -> None:
@@ -66,9 +94,20 @@ def join_alone() -> None:
         init_group(torch.distributed.HashStore(), 0, 1)
 
 
-def init_group(store: torch.distributed.Store, rank: int, ranks: int) -> None:
+def init_group(
+    store: torch.distributed.Store, rank: int, ranks: int, timeout: float = 1800.0
+) -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+    torch.distributed.init_process_group(
+        backend, timeout=timedelta(seconds=timeout), store=store, rank=rank, world_size=ranks
+    )
+
+
+def _timeout() -> timedelta:
+    """Of the group of all. New groups have torch's own, NCCL's 10 minutes, unless they are told."""
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    return group._get_backend(torch.device("cpu")).options._timeout
 
 
 def stop() -> None:
@@ -131,7 +170,7 @@ def cpu_group(use: str = "objects") -> torch.distributed.ProcessGroup | None:
     steps, checkpoints that are written in the background."""
     if world_size() == 1:
         return None
-    return torch.distributed.new_group(backend="gloo")
+    return torch.distributed.new_group(backend="gloo", timeout=_timeout())
 
 
 @functools.cache
@@ -146,7 +185,10 @@ def mesh(replicas: int) -> DeviceMesh:
     names: tuple[str, ...] = ("replicate", "shard")
     if replicas == 1:
         shape, names = shape[1:], names[1:]
-    return init_device_mesh(device().type, shape, mesh_dim_names=names)
+    made = init_device_mesh(device().type, shape, mesh_dim_names=names)
+    for name in names:
+        distributed_c10d._set_pg_timeout(_timeout(), made.get_group(name))
+    return made
 
 
 def local(x: Tensor) -> Tensor:

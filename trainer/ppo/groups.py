@@ -227,7 +227,7 @@ class Groups:
         low, high = config.clamp
         if config.objective == "cvar":
             worst = max(1, math.ceil(config.cvar_alpha * len(performance)))
-            bound = performance.kthvalue(worst).values
+            bound = performance.sort().values[worst - 1]
             return (performance <= bound).float() / config.cvar_alpha
         if config.objective == "sequence_variance":
             # M = S, each sequence its own group of mass 1 / S: both forms give this.

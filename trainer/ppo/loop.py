@@ -130,9 +130,11 @@ class Ppo(Stage):
     def evaluated(
         self, critic: Critic | None = None, groups: Groups | None = None
     ) -> tuple[Metrics, list[dict]]:
-        """The policy as it is; with critic and groups also by group."""
+        """The policy as it is; with critic and groups also by group. The engine stays awake where
+        the next rollout wants the same weights."""
         engine, policy = self.t.actors.engine, self.t.actors.policy
         engine.sync(policy, self.state.step)
         out = self.t.evaluator(policy, critic, groups)
-        engine.rest()
+        if self.state.step == self.steps:
+            engine.rest()
         return out

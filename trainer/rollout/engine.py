@@ -12,6 +12,7 @@ own after every sync. What differs by less than the bound, importance weights ca
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -34,21 +35,30 @@ class Sync:
     kind: str
     step: int | None  # that the weights are of; None: not of a policy in training
     bytes: int  # that reached this rank's engine
+    policy: weakref.ref[Policy]  # whose
     trained: bool = False  # a policy in training has been here, now or before
+
+    def brought(self, policy: Policy, step: int | None) -> bool:
+        """Whether it has brought these very weights. What is of no step is never taken for
+        unchanged."""
+        return step is not None and self.step == step and self.policy() is policy
 
     def __str__(self) -> str:
         step = "" if self.step is None else f", weights of step {self.step}"
         return f"sync {self.number} ({self.kind}{step})"
 
 
-def next_sync(last: Sync | None, step: int | None, moved: int, slept: bool = False) -> Sync:
+def next_sync(
+    last: Sync | None, policy: Policy, step: int | None, moved: int, slept: bool = False
+) -> Sync:
     before = last is not None and last.trained
     if last is None or (step is not None and not before):
         kind = "the first after a resume" if step else "the first"
     else:
         kind = "after sleep" if slept else "an update"
     trained = before or step is not None
-    return Sync(last.number + 1 if last else 1, kind, step, moved, trained)
+    number = last.number + 1 if last else 1
+    return Sync(number, kind, step, moved, weakref.ref(policy), trained)
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,8 @@ class Engine(Protocol):
     synced: Sync | None
 
     def sync(self, policy: Policy, step: int | None = None) -> None:
-        """Sample from these weights from now on; `step` is what they are of, for messages."""
+        """Sample from these weights from now on. `step`, which messages name, is what they are of:
+        a policy moves between two steps only, so one that is here as of this step stays."""
 
     def generate(self, prompts: list[list[int]], samples: int, draws: Draws) -> Rollout: ...
 

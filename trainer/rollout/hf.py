@@ -28,6 +28,8 @@ class HuggingFaceEngine:
 
     def sync(self, policy: Policy, step: int | None = None) -> None:
         """The weights are shared with the trainer, or gathered from its shards."""
+        if self.synced is not None and self.synced.brought(policy, step):
+            return
         self.policy, moved = policy, 0
         if parallel.shards(self.config):
             dtype = parallel.compute_dtype(self.config)
@@ -35,7 +37,7 @@ class HuggingFaceEngine:
             self.policy = self.whole
             moved = sum(p.nbytes for p in self.whole.parameters())
         self.eos = end_tokens(self.tokenizer, policy)
-        self.synced = next_sync(self.synced, step, moved)
+        self.synced = next_sync(self.synced, policy, step, moved)
 
     def rest(self) -> None:
         """The cache lives for one batch only: there is nothing to give back."""
@@ -148,9 +150,11 @@ def draw(z: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """One token a row of logits (rows, V) by inversion of the distribution function.
 
     The first place where the sum reaches `uniform` times the whole is one where it rises, so a
-    token without probability is never drawn, whatever the rounding.
+    token without probability is never drawn. Summed in integers of 2^-46, exactly: float32 loses
+    the tokens of probability 1e-8, and on a GPU the order of its sum is not always the same.
     """
     logprobs = z.log_softmax(-1)
-    sums = logprobs.exp().cumsum(-1)
-    token = torch.searchsorted(sums, (uniform * sums[:, -1]).unsqueeze(1)).squeeze(1)
+    sums = (logprobs.exp() * 2.0**46).long().cumsum(-1)
+    least = (uniform.double() * sums[:, -1]).ceil().long().clamp(min=1)
+    token = torch.searchsorted(sums, least.unsqueeze(1)).squeeze(1)
     return token, logprobs.gather(1, token.unsqueeze(1)).squeeze(1)

@@ -5,12 +5,14 @@ errors. `Vllm` is all of vLLM's own interface, which changes with its versions. 
 on a CPU the whole of it, but for what a CPU has not (sleep, graphs, several GPUs).
 
 Each group of `rollout.tensor_parallel` ranks is one engine and answers its share of the prompts.
-Every request has a seed of its own, so an answer depends neither on what it is batched with nor on
-which engine gives it (but for rounding).
+With `rollout.seeded` every request has a seed of its own, so an answer depends neither on what it
+is batched with nor on which engine gives it (but for rounding); without, vLLM draws for all of
+them together.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import tempfile
@@ -47,7 +49,7 @@ class EngineFailed(RunError):
 class Request:
     prompt: list[int]
     limit: int  # new tokens
-    seed: int
+    seed: int | None  # None: from the process's random numbers, with what it is batched with
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class Answer:
     tokens: list[int]  # with what ended it
     logprobs: list[float]
     truncated: bool
+
+
+def some_seeds(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(2**62, (count,), generator=generator)
 
 
 class VllmEngine:
@@ -73,6 +79,10 @@ class VllmEngine:
         if self.vllm is None:
             with _OneClearError("start"):
                 self.vllm = start(policy, self.tokenizer, self.config)
+        # Asleep it has lost them; and another engine of this process may have brought others.
+        here = self.vllm.weights_by is self.synced and not self.vllm.asleep
+        if here and self.synced is not None and self.synced.brought(policy, step):
+            return
         moved = 0
 
         def weights() -> Iterator[tuple[str, Tensor]]:
@@ -83,7 +93,7 @@ class VllmEngine:
                 moved += tensor.nbytes
                 yield name, tensor
 
-        slept = self.vllm.asleep
+        slept, self.vllm.weights_by = self.vllm.asleep, None
         with _OneClearError("take the weights"), self.watchdog("taking the weights"):
             if slept:  # the cache's memory comes last: until then buckets may use it
                 self.vllm.wake("weights")
@@ -92,7 +102,8 @@ class VllmEngine:
                 self.vllm.wake("kv_cache")
             self.vllm.forget()  # prefixes that other weights have computed
         self.eos = end_tokens(self.tokenizer, policy)
-        self.synced = next_sync(self.synced, step, moved, slept)
+        self.synced = next_sync(self.synced, policy, step, moved, slept)
+        self.vllm.weights_by = self.synced
 
     def rest(self) -> None:
         if self.vllm is None or not self.vllm.can_sleep or self.vllm.asleep:
@@ -106,16 +117,20 @@ class VllmEngine:
         assert vllm is not None and not vllm.asleep, "sync() first"
         limit = self.config.rollout.max_new_tokens
         count = len(prompts) * samples
-        seeds = drawn(
-            draws, lambda n, own: torch.randint(2**62, (n,), generator=own), count
-        ).tolist()
+        seeds: list[int | None] = [None] * count
+        together: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self.config.rollout.seeded or not isinstance(draws, torch.Generator):
+            seeds = [*drawn(draws, some_seeds, count).tolist()]
+        else:
+            each = some_seeds(self.engines, draws).tolist()
+            together = random_numbers(each[self.engine])
         mine = range(self.engine, len(prompts), self.engines)
         rows = [i * samples + k for i in mine for k in range(samples)]
         requests = [
             Request(prompts[row // samples], self._limit(prompts[row // samples], vllm), seeds[row])
             for row in rows
         ]
-        with _OneClearError("generate"), self.watchdog("generating"):
+        with _OneClearError("generate"), self.watchdog("generating"), together:
             answers = vllm.generate(requests, sorted(self.eos), self.watchdog.heard)
 
         tokens = torch.zeros(count, limit, dtype=torch.long)
@@ -147,6 +162,15 @@ class VllmEngine:
                 "data.max_prompt_tokens",
             )
         return min(self.config.rollout.max_new_tokens, room)
+
+
+@contextlib.contextmanager
+def random_numbers(seed: int) -> Iterator[None]:
+    """Inside, torch draws from `seed`: ranks that are one engine have to draw alike."""
+    device = parallel.device()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 class _OneClearError:
@@ -211,6 +235,7 @@ class Vllm:
         self.longest = config.data.max_prompt_tokens + rollout.max_new_tokens
         self.longest = min(self.longest, getattr(shape, "max_position_embeddings", self.longest))
         self.can_sleep, self.asleep = self.on_gpu and rollout.sleep, False
+        self.weights_by: Sync | None = None  # that brought the weights which are here
         # vLLM reads the shape from a folder; weights come with the first sync.
         self.folder = tempfile.TemporaryDirectory(prefix="gikernels-")
         _write_shape(policy, self.folder.name)
@@ -224,7 +249,7 @@ class Vllm:
             "generation_config": "vllm",  # no sampling settings from the model's folder
             "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from
             "max_model_len": self.longest,
-            "max_num_seqs": rollout.batch,
+            "max_num_seqs": rollout.max_num_seqs,
             "enable_prefix_caching": True,
             "tensor_parallel_size": rollout.tensor_parallel,
             "seed": config.run.seed,
@@ -242,9 +267,8 @@ class Vllm:
             }
         if parallel.world_size() > 1:
             options["distributed_executor_backend"] = "external_launcher"
-        if not torch.distributed.is_initialized():
-            # else vLLM makes a group of NCCL alone, and background checkpoints want gloo as well
-            parallel.init_group(torch.distributed.HashStore(), 0, 1)
+        # else vLLM makes a group of NCCL alone, and background checkpoints want gloo as well
+        parallel.join_alone()
         if not self.on_gpu:
             _forget_shared_memory()
         random = RandomStates()
@@ -331,11 +355,11 @@ def _write_shape(policy: Policy, folder: str) -> None:
 
 
 def _cache_bytes(shape: PreTrainedConfig, longest: int, config: Config) -> int:
-    """Room for `rollout.batch` answers of full length; vLLM cuts the cache into blocks of 128 on a
-    CPU."""
+    """Room for `rollout.max_num_seqs` answers of full length; on a CPU vLLM cuts the cache into
+    blocks of 128."""
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     token = (
         2 * shape.num_hidden_layers * heads * width * getattr(torch, config.model.dtype).itemsize
     )
-    return (config.rollout.batch + 2) * -(-longest // 128) * 128 * token
+    return (config.rollout.max_num_seqs + 2) * -(-longest // 128) * 128 * token

@@ -1,12 +1,15 @@
 """Further PPO runs beside the main one: same SFT and reward model, same seed, other settings.
 
-On a CPU they run at the same time, each with its share of the cores; on a GPU one after another,
-when the main run is done. Each is a whole run folder below <output>/baselines/.
+On a CPU they run at the same time, in processes with a share of the cores each. On GPUs, and on
+several ranks, they run one after another in the process of the main run, when that is done and its
+models are freed: a second process would find the card full. Each is a whole run folder below
+<output>/baselines/.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
@@ -30,20 +33,15 @@ def running(config: Config, run: RunFolder, resume: bool = False) -> Iterator[No
     if not waiting:
         yield
         return
-    if parallel.world_size() > 1:  # all ranks are needed for one run
+    if not beside():
         yield
         for name in waiting:
             say(f"ppo    baseline {name}")
-            inner, folder = _inner(config, run, name, config.run.threads), run.baseline(name)
-            if parallel.is_main():
-                folder.path.mkdir(parents=True, exist_ok=True)
-                folder.config.write_text(inner.to_yaml())
-            loop.run(inner, folder, resume)
+            _run_here(config, run, name, resume)
         return
-    on_cpu = parallel.device().type == "cpu"
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = here or 1
-    at_once = min(len(waiting), cores - 1) if on_cpu else 0
+    at_once = min(len(waiting), cores - 1)
     threads = max(1, cores // (at_once + 1))
     before = torch.get_num_threads()
     started: dict[str, subprocess.Popen] = {}
@@ -58,7 +56,7 @@ def running(config: Config, run: RunFolder, resume: bool = False) -> Iterator[No
         while started or waiting:
             if not started:
                 name = waiting.pop(0)
-                started[name] = _start(config, run, name, cores if on_cpu else 0, resume)
+                started[name] = _start(config, run, name, cores, resume)
             for name, process in list(started.items()):
                 say(f"ppo    waiting for baseline {name}")
                 _finish(run, name, process)
@@ -69,13 +67,29 @@ def running(config: Config, run: RunFolder, resume: bool = False) -> Iterator[No
             process.terminate()
 
 
+def beside() -> bool:
+    """Whether baselines have processes of their own."""
+    return parallel.world_size() == 1 and parallel.device().type == "cpu"
+
+
+def _run_here(config: Config, run: RunFolder, name: str, resume: bool) -> None:
+    gc.collect()  # models of the run before, which their hooks hold in circles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    inner, folder = _inner(config, run, name, config.run.threads), run.baseline(name)
+    if parallel.is_main():
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.config.write_text(inner.to_yaml())
+    loop.run(inner, folder, resume)
+
+
 def _start(
     config: Config, run: RunFolder, name: str, threads: int, resume: bool
 ) -> subprocess.Popen:
     folder = run.baseline(name)
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.config.write_text(_inner(config, run, name, threads).to_yaml())
-    environment = dict(os.environ, OMP_NUM_THREADS=str(threads)) if threads else os.environ
+    environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
     flags = ["--resume"] if resume else []
     with folder.log_file().open("a" if resume else "w") as log:
         return subprocess.Popen(

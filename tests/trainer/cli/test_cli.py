@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from tests.trainer import tiny
 from trainer.__main__ import COMMANDS, main
-from trainer.cli import check, memory
+from trainer.cli import hub, memory
 from trainer.config import load
 from trainer.runs.folder import RunFolder
 from trainer.stages import registry
@@ -208,7 +208,7 @@ def test_a_dry_run_of_a_local_architecture(gi, tmp_path):
 
 def test_a_dry_run_without_a_network(gi, refused, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(check, "_hub_reachable", lambda: True)
+    monkeypatch.setattr(hub, "reachable", lambda: True)
     for name in ("hh_8gpu", "tldr_1gpu"):
         code, out, _ = gi("train", name, "--dry-run")
         assert code == 0

@@ -5,6 +5,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from tests.trainer import children, tiny
 from tests.trainer.runs.test_checkpoint import SMALL, assert_equal_runs, results
 from trainer import parallel
 from trainer.batch.sequences import Sequences, shares
+from trainer.config import ConfigError
 from trainer.models import loading
 from trainer.models.policy import log_probabilities
 from trainer.ppo import build, loop
@@ -103,6 +106,58 @@ def one_rank_meets_nan():
 
 def test_what_is_not_finite_on_one_rank_is_skipped_on_all():
     assert children.run_ranks(2, one_rank_meets_nan) == [0, 0]
+
+
+@pytest.fixture
+def store():
+    """As torchrun has one: it outlives the ranks."""
+    return torch.distributed.TCPStore("localhost", 0, is_master=True)
+
+
+def join_store(port):
+    parallel.stop()
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+def waits(port, timeout):
+    """The first rank's download takes longer than any collective may; then one is as late."""
+    join_store(port)
+    began = time.monotonic()
+    slow = timeout * 1.5
+    parallel.start(timeout, first=lambda: time.sleep(slow))
+    assert time.monotonic() - began > slow
+    parallel.barrier()
+    assert all(found == timedelta(seconds=timeout) for found in timeouts())
+    if parallel.rank() == 1:
+        time.sleep(slow)
+    parallel.barrier()
+
+
+def timeouts():
+    """Of the group of all, one for objects, and those of a mesh."""
+    groups = [torch.distributed.group.WORLD, parallel.cpu_group()]
+    groups += parallel.mesh(2).get_all_groups()
+    return [each._get_backend(torch.device("cpu")).options._timeout for each in groups]
+
+
+def test_a_download_may_take_longer_than_ranks_wait_for_each_other(store, capfd):
+    assert children.run_ranks(2, waits, store.port, 4) == [1, 1]
+    assert "Timed out waiting 4000ms" in capfd.readouterr().err
+
+
+def cannot(port):
+    join_store(port)
+
+    def fail():
+        assert os.environ["LOCAL_RANK"] == "0"
+        raise ConfigError("cannot be fetched", "model.policy")
+
+    with pytest.raises(ConfigError, match=r"^model.policy: cannot be fetched$"):
+        parallel.start(first=fail)
+
+
+def test_what_cannot_be_downloaded_is_an_error_on_every_rank(store):
+    assert children.run_ranks(2, cannot, store.port) == [0, 0]
 
 
 def test_sigterm_to_one_rank_is_obeyed_by_all_after_the_step(tmp_path):

@@ -82,6 +82,23 @@ def test_answers_end_at_eos_or_are_truncated(setup):
     assert 0 < rollout.truncated.sum() < len(rollout.truncated)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # bfloat16: gathered from shards
+def test_weights_that_are_here_are_not_gathered_again(setup, dtype):
+    config, _, policy, engine = setup(f"model.dtype={dtype}")
+    engine.sync(policy, 1)
+    number = engine.synced.number
+    engine.sync(policy, 1)
+    assert engine.synced.number == number
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.mul_(1.2)
+    engine.sync(policy, 2)
+    assert engine.synced.number == number + 1
+    rollout, ask = generate(engine), log_probabilities(config.rollout.temperature)
+    (ours,) = forward_all(lambda b: (policy(b, ask).logprobs,), rollout.sequences, 50, (True,))
+    assert check_logprobs(rollout, ours, 1e-3 if dtype == "float32" else 0.3)
+
+
 def test_draw_is_the_distribution():
     torch.manual_seed(0)
     z = torch.tensor([1.0, -torch.inf, 0.0, 2.0, -3.0])
@@ -90,6 +107,10 @@ def test_draw_is_the_distribution():
     share = torch.bincount(token, minlength=5) / len(token)
     torch.testing.assert_close(share, z.softmax(0), atol=4e-3, rtol=0)
     assert share[1] == 0  # what has no probability is never drawn, at u = 1 and near 0 either
+    rare = torch.tensor([0.0, -20.0, -30.0]).expand(3, 3)  # 2e-9 and 1e-13 at the end of the sum
+    assert draw(rare, torch.tensor([1 - 1e-9, 1 - 1e-10, 1.0], dtype=torch.double))[0].tolist() == [
+        *(1, 1, 2)
+    ]
     edge, _ = draw(z.flip(0).expand(2, 5), torch.tensor([1.0, 1e-12]))
     assert edge.tolist() == [4, 0]
     torch.testing.assert_close(logprob, z.log_softmax(0)[token])

@@ -28,7 +28,7 @@ class Recorder:
 
     def __init__(self):
         self.calls, self.weights, self.requests = [], {}, []
-        self.asleep = False
+        self.asleep, self.weights_by = False, None
 
     def load(self, weights):
         self.calls.append("load")
@@ -104,6 +104,30 @@ def test_a_later_stage_wakes_what_an_earlier_one_left_asleep(config):
     assert later.vllm.calls == ["wake weights", "load", "wake kv_cache", "forget"]
 
 
+def test_weights_that_are_here_do_not_come_again(config):
+    """After an evaluation they are the next rollout's. Gone is what sleep or another engine of
+    this process took; and a reference policy has no step that could vouch for it."""
+    engine, policy = engine_of(config())
+    engine.sync(policy, 4)  # evaluation
+    engine.sync(policy, 4)  # rollout
+    assert engine.vllm.calls == ["load", "forget"] and engine.synced.number == 1
+    other, another = engine_of(config())
+    for change in (
+        lambda: None,
+        lambda: engine.sync(another, 5),
+        lambda: engine.rest(),
+        lambda: other.sync(policy, 5),
+        lambda: engine.sync(policy),
+    ):
+        engine.sync(policy, 5)
+        other.vllm = engine.vllm
+        change()
+        before = engine.vllm.calls.count("load")
+        engine.sync(policy, 5)
+        again = engine.vllm.calls.count("load") - before
+        assert again == (0 if change.__code__.co_names == () else 1)
+
+
 def test_what_cannot_sleep_is_not_asked_to(config):
     engine, policy = engine_of(config())
     engine.vllm.can_sleep = False
@@ -145,6 +169,28 @@ def test_weights_come_in_the_engines_dtype_tied_ones_once(config):
     assert engine.vllm.weights.keys() == expected.keys()
     for name, tensor in engine.vllm.weights.items():
         assert torch.equal(tensor, parallel.whole(expected[name]).bfloat16())
+
+
+def test_without_seeds_all_ranks_of_an_engine_draw_alike(config):
+    """From numbers that depend on the generator alone; the process's own stay as they are."""
+    drawn = []
+    for process_seed, seed in ((1, 0), (2, 0), (2, 1)):
+        engine, policy = engine_of(config("rollout.seeded=false"))
+        engine.sync(policy)
+        generate_there = engine.vllm.generate
+
+        def draw_and_generate(requests, eos, heard, generate_there=generate_there):
+            assert all(each.seed is None for each in requests)
+            drawn.append(torch.rand(3).tolist())
+            some = [ours.Request(each.prompt, each.limit, 1) for each in requests]
+            return generate_there(some, eos, heard)
+
+        engine.vllm.generate = draw_and_generate
+        torch.manual_seed(process_seed)
+        before = torch.get_rng_state()
+        engine.generate(PROMPTS, 2, torch.Generator().manual_seed(seed))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_limits_and_seeds_of_requests(config):
@@ -297,7 +343,7 @@ def test_a_second_engine_of_the_same_kind_is_not_started(config, monkeypatch):
     started = []
     monkeypatch.setattr(ours, "_running", {})
     monkeypatch.setattr(ours, "Vllm", lambda *arguments: started.append(arguments) or Recorder())
-    for overrides in ([], [], ["rollout.batch=3"]):
+    for overrides in ([], [], ["rollout.max_num_seqs=3"]):
         made = config(*overrides)
         tokenizer, policy = loading.load_tokenizer("toy", made), loading.load_policy("toy", made)
         VllmEngine(made, tokenizer).sync(policy)
