@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -122,7 +122,8 @@ def deterministic() -> None:
     what has no such form raises."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nobody reads it
+    flags: Any = torch.utils.deterministic
+    flags.fill_uninitialized_memory = False  # nobody reads it
 
 
 @contextlib.contextmanager
