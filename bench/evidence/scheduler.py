@@ -35,9 +35,6 @@ PRELOADED = [
 ]
 """Imported once, by the server from which every run's process is forked: that saves seconds, and a
 file that is edited meanwhile changes no run of this study."""
-RULE = ("groups.pool=4", "groups.refresh=1")
-"""How the study draws: from a new pool at every step. The packaged configuration has since come to
-renew a larger pool slowly, which asks an eighth as much of the head."""
 PRIVATE = ("baselines={}", "run.threads=1", "trainer.save_every=0")
 
 
@@ -66,7 +63,7 @@ class Study:
 
     def __init__(self, store: Store, extra: Sequence[str] = ()) -> None:
         self.store, self.extra = store, tuple(extra)
-        self.packaged = settings.load(CONFIG, [*PRIVATE, *RULE, *extra])
+        self.packaged = settings.load(CONFIG, [*PRIVATE, *extra])
         self.found: dict[tuple[str, int], Path] = {}
         self.models: dict[tuple[str, str, int], Path] = {}
 

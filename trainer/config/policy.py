@@ -228,11 +228,11 @@ class Groups(Section, at="groups"):
         want="a share, 0 to 1",
         basic=True,
     )
-    pool: int = key(8, "Prompts to choose from for each one that is drawn, where focus > 0.", low=2)
+    pool: int = key(4, "Prompts to choose from for each one that is drawn, where focus > 0.", low=2)
     refresh: int = key(
-        16,
-        "Steps that renew the pool: so old is what the head said of a prompt at most; 1: a new "
-        "pool at every step, and the cost of the head's look at all of it.",
+        1,
+        "Steps that renew the pool: so old is what the head said of a prompt at most, and so much "
+        "less it is asked; 1: a new pool at every step.",
         low=1,
     )
     performance: Literal["raw", "over_reference", "quantile", "rating"] = key(
