@@ -29,8 +29,8 @@ from trainer.models.policy import Policy
 from trainer.rollout.engine import Rollout, Sync, end_tokens, gathered, next_sync
 from trainer.rollout.watchdog import Watchdog
 from trainer.rollout.weights import whole_weights
-from trainer.runs.checkpoint import RandomStates
 from trainer.runs.faults import RunError
+from trainer.runs.state import RandomStates
 
 TESTED = "0.32.0"
 

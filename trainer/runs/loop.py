@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from trainer.config import Config
-from trainer.runs.checkpoint import Checkpoints, TrainState, finished
+from trainer.runs.checkpoint import Checkpoints, finished
 from trainer.runs.console import progress, say
 from trainer.runs.faults import Guard
 from trainer.runs.folder import RunFolder
 from trainer.runs.log import MetricsLog
 from trainer.runs.profiling import profiled
+from trainer.runs.state import TrainState
 
 Metrics = dict[str, float]
 

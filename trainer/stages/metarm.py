@@ -48,13 +48,14 @@ from trainer.rewards.judge import make_judge
 from trainer.rollout.engine import Rollout
 from trainer.rollout.make import make_engine
 from trainer.runs.averages import Averages, Timer
-from trainer.runs.checkpoint import TrainState, finished, mark_finished
+from trainer.runs.checkpoint import finished, mark_finished
 from trainer.runs.console import say
 from trainer.runs.faults import Guard
 from trainer.runs.folder import RunFolder
 from trainer.runs.log import MetricsLog
 from trainer.runs.loop import Metrics, Stage, train
 from trainer.runs.optim import Optimizer
+from trainer.runs.state import TrainState
 from trainer.stages import reward_model
 
 STAGE, ROUND = "metarm", "round"

@@ -30,13 +30,13 @@ from trainer.models.reward import RewardModel
 from trainer.ppo.forward import check_engine
 from trainer.rollout.make import make_engine
 from trainer.runs.averages import Averages, Timer
-from trainer.runs.checkpoint import TrainState
 from trainer.runs.console import say
 from trainer.runs.faults import Guard
 from trainer.runs.folder import RunFolder
 from trainer.runs.log import read_lines
 from trainer.runs.loop import Metrics, Stage, done, train
 from trainer.runs.optim import Optimizer
+from trainer.runs.state import TrainState
 from trainer.worlds import registry
 
 

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests.trainer import children, tiny
-from trainer.runs.checkpoint import CheckpointError, Checkpoints, TrainState, steps_in
+from trainer.runs.checkpoint import CheckpointError, Checkpoints, steps_in
 from trainer.runs.faults import Guard, Stopped
 from trainer.runs.folder import RunFolder
 from trainer.runs.log import MetricsLog, read_lines
 from trainer.runs.optim import Optimizer
+from trainer.runs.state import TrainState
 
 SMALL = [
     "toy.layers=1",
