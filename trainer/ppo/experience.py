@@ -62,11 +62,12 @@ def assess(t: Setup, answers: Answers, raw: dict[str, Tensor], seen: Look, step:
     forward, total = seen.forward, raw["total"]
     normaliser.observe(total)
     scores = normaliser(total)
+    reference = t.signals.reference_scores.of(answers.chosen, answers.samples)
     returns = performance(
         config.groups.compared,
         scores,
-        total,
-        t.signals.reference_scores.of(answers.chosen, answers.samples),
+        normaliser.bounded(total),
+        None if reference is None else normaliser.bounded(reference),
         normaliser.scale,
     )
     if not focused(t, step):
