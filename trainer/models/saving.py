@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from transformers import (
 )
 
 from trainer import parallel
+from trainer.runs import files
 
 # --- making them --------------------------------------------------------------------------------
 
@@ -35,20 +35,19 @@ def quietly():
 
 
 def save_pretrained(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """In Hugging Face format; written aside and renamed, so that what is there is whole."""
+    """In Hugging Face format, with a manifest; written aside and renamed: see `runs.files`."""
     state = {}
     for name, p in model.named_parameters():  # tied ones once
         full = parallel.whole(p.detach())  # every rank has to ask
         if parallel.is_main():
             state[name] = full.cpu()
     if parallel.is_main():
-        aside = path.with_name(f".{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = files.aside_of(path)
         with quietly():
             buffers = dict(model.named_buffers())
             state |= {name: x for name, x in model.state_dict().items() if name in buffers}
             model.save_pretrained(aside, state_dict=state)
             tokenizer.save_pretrained(aside)
-        shutil.rmtree(path, ignore_errors=True)
-        aside.rename(path)
+        files.seal(aside)
+        files.replace(aside, path)
     parallel.barrier()

@@ -272,10 +272,13 @@ def steps_in(folder: Path) -> dict[int, Path]:
 def forget(run: RunFolder, stage: str) -> None:
     """What an earlier run of a stage has left, so that this one is not taken for its end."""
     if parallel.is_main():
-        folder = run.checkpoints(stage)
-        unmark(folder)
-        files.remove(folder)
+        forget_here(run, stage)
     parallel.barrier()
+
+
+def forget_here(run: RunFolder, stage: str) -> None:
+    unmark(run.checkpoints(stage))
+    files.remove(run.checkpoints(stage))
 
 
 def mark_finished(folder: Path, steps: int) -> None:

@@ -55,4 +55,4 @@ def _figures(figures: Mapping[str, float]) -> str:
 
 def say(text: str) -> None:
     if parallel.is_main():
-        console.print(text, soft_wrap=True)
+        console.print(text, soft_wrap=True, markup=False)  # text is text: a domain may be [red]

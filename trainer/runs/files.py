@@ -16,7 +16,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from trainer import parallel
+from trainer.runs.faults import RunError
+
 MANIFEST = "manifest.json"
+
+
+class Damaged(RunError):
+    """One line: which file is not what was written, and what to do."""
 
 
 def write(path: Path, text: str) -> None:
@@ -111,6 +118,34 @@ def problem(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
     return None
 
 
+_seen: dict[Path, object] = {}
+"""Folders that were read and found whole, with what tells whether they were written since."""
+
+
+def refuse_damage(folder: Path, advice: str) -> None:
+    """Every rank asks; each reads its share, and once while nothing has changed."""
+    now = [(name, (folder / name).stat().st_mtime_ns) for name in names_in(folder)]
+    found = None
+    if _seen.get(folder.absolute()) != now:
+        found = problem(folder, parallel.rank(), parallel.world_size())
+    found = next((each for each in parallel.gather_objects(found) if each), None)
+    if found:
+        raise Damaged(f"{folder} is damaged ({found}): {advice}")
+    _seen[folder.absolute()] = now
+
+
+def copy(source: Path, path: Path) -> None:
+    """A sealed folder in the place of `path`."""
+    if found := problem(source):
+        raise Damaged(f"{source} is damaged ({found}): put back a copy of it")
+    aside = aside_of(path)
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source, aside)
+    if found := problem(aside):  # which also has it on the disk
+        raise Damaged(f"{aside}: was not copied whole ({found})")
+    replace(aside, path)
+
+
 # --- replacing and removing folders ---------------------------------------------------------------
 
 
@@ -143,7 +178,7 @@ def remove(path: Path) -> None:
 
 
 def settle(parent: Path) -> None:
-    """After a kill inside `replace` or `remove` of a folder in `parent`."""
+    """After a kill inside `write`, `replace` or `remove` of what is in `parent`."""
     for new in sorted(parent.glob(".*.new")):
         path = parent / new.name[1 : -len(".new")]
         if path.exists() or problem(new):
@@ -152,6 +187,8 @@ def settle(parent: Path) -> None:
             new.rename(path)
     for old in sorted(parent.glob(".*.old")):
         shutil.rmtree(old, ignore_errors=True)
+    for cut in parent.glob(".*.tmp"):
+        cut.unlink()
 
 
 # --- texts that end in their checksum -------------------------------------------------------------

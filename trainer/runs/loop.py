@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from trainer.config import Config
+from trainer.runs import files
 from trainer.runs.checkpoint import Checkpoints, finished
 from trainer.runs.console import progress, say
 from trainer.runs.faults import Guard
@@ -19,6 +20,8 @@ from trainer.runs.profiling import profiled
 from trainer.runs.state import TrainState
 
 Metrics = dict[str, float]
+MODEL = {"sft": "sft", "rm": "rm", "ppo": "policy"}
+"""What a stage leaves in models/."""
 
 
 class Stage:
@@ -56,6 +59,10 @@ class Stage:
 def done(run: RunFolder, name: str, steps: int, resume: bool) -> bool:
     """Whether a run that goes on has this stage behind it."""
     if resume and finished(run, name, steps):
+        files.refuse_damage(
+            run.model(MODEL[name]),
+            f"put back a copy, or do stage {name} and what follows it again, without --resume",
+        )
         say(f"{name:<6} is done")
         return True
     return False
