@@ -31,7 +31,8 @@ commands
   metarm   rounds of a reward model that follows the policy, and of PPO with it
   eval     score a model on the evaluation prompts, by domain and group
   report   write report.html and plots of a run; `gi report A B` compares runs
-  doctor   what this machine has, what is missing and how to get it
+  doctor   what this machine has, what is missing and how to get it; `gi doctor RUN`: whether all
+           files of a run folder are what was written
   keys     every setting with its default and what it does; `gi keys groups`: of one section
 
 CONFIG     a path to a .yaml file, or a packaged configuration: {packaged}
@@ -100,9 +101,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace) -> int:
     if args.command == "doctor":
-        from trainer.cli import doctor
+        from trainer.cli import doctor, integrity
 
-        return doctor.show()
+        return integrity.show([args.config, *args.rest]) if args.config else doctor.show()
     if args.command == "keys":
         return _keys(args.config)
     if args.command == "report":

@@ -224,7 +224,10 @@ class Groups(Section, at="groups"):
         basic=True,
     )
     pool: int = key(
-        4, "Prompts that the head looks at for each one that is drawn, where focus > 0.", low=2
+        4,
+        "Prompts that the head looks at for each one that is drawn, where focus > 0.",
+        low=2,
+        high=1000,
     )
     performance: Literal["raw", "over_reference", "quantile", "rating"] = key(
         "over_reference",

@@ -158,6 +158,16 @@ def prepare(module: M, config: Config, offload: bool = False) -> M:
     return parallel.place(module, config, offload).eval()
 
 
+def check_attention(config: Config) -> None:
+    """Before anything is written: a name that transformers knows."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name, known = config.model.attention, ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    # a kernel of the hub is named by its repository
+    if name not in known and "/" not in name:
+        raise ConfigError(f"is {name!r}; want one of {', '.join(known)}", "model.attention")
+
+
 def packs(config: Config) -> bool:
     """auto: on a GPU, where padding costs time; a CPU has small batches of like lengths anyway."""
     wanted = {"on": True, "off": False}.get(config.model.packing)

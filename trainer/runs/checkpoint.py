@@ -27,7 +27,7 @@ from trainer import parallel
 from trainer.config import Config
 from trainer.runs import files
 from trainer.runs.console import say
-from trainer.runs.faults import Guard, RunError, Stopped, StopSignal
+from trainer.runs.faults import Diverged, Guard, RunError, Stopped, StopSignal
 from trainer.runs.folder import RunFolder
 from trainer.runs.log import MetricsLog
 from trainer.runs.reader import SafeReader, Unsafe, read_index
@@ -82,12 +82,13 @@ class Checkpoints:
         every = self.config.save_every
         due = bool(every) and self.state.step % every == 0
         saved = None
-        if (due or stop) and healthy and self.state.is_finite():
+        if (due or stop) and healthy:
+            self.refuse_runaways()
             log.sync()
             score = next((metrics[name] for name in self.config.best if name in metrics), None)
             saved = self.save(score)
         elif due or stop:
-            say(f"{self.stage}: step {self.state.step} has diverged and is not kept")
+            say(f"{self.stage}: step {self.state.step} was skipped in part and is not kept")
         elif self.background and parallel.all_true(self.background[0].done()):
             self.finish()
         if stop:
@@ -96,6 +97,18 @@ class Checkpoints:
             raise Stopped(
                 f"stopped by SIGTERM after step {self.state.step} of {self.stage}{newest}. "
                 "--resume goes on"
+            )
+
+    def refuse_runaways(self) -> None:
+        """Weights that are not finite, or absurd, never come back, and are not worth keeping."""
+        if not self.state.is_finite():
+            there = sorted(steps_in(self.folder))
+            kept = (
+                f"newest checkpoint is of step {there[-1]}" if there else "there is no checkpoint"
+            )
+            raise Diverged(
+                f"{self.stage}: step {self.state.step}: the weights have run away; {kept}. Lower "
+                "the learning rate, and go on with --resume"
             )
 
     def end(self) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainer import parallel
+from trainer.runs.names import printable
 
 console = Console(highlight=False)
 
@@ -55,4 +56,6 @@ def _figures(figures: Mapping[str, float]) -> str:
 
 def say(text: str) -> None:
     if parallel.is_main():
-        console.print(text, soft_wrap=True, markup=False)  # text is text: a domain may be [red]
+        if isinstance(text, str):  # and not a table: a domain may be called [red], or worse
+            text = printable(text)
+        console.print(text, soft_wrap=True, markup=False)

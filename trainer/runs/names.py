@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import html
+import re
 import unicodedata
 
 LONGEST = 60
@@ -20,13 +21,18 @@ def one_line(text: object, longest: int = LONGEST) -> str:
     return said if len(said) <= longest else said[: longest - 1] + "…"
 
 
+def printable(text: str) -> str:
+    """For the terminal, as it is but for what would steer it."""
+    return "".join(c if _harmless(c) or c == "\n" else _escaped(c) for c in text)
+
+
 def file_name(text: object) -> str:
-    """Letters, digits and _, at most LONGEST; names that differ stay different."""
+    """Small letters, digits, _ and - (for /), at most LONGEST. Other texts get other names, on file
+    systems that do not tell A from a as well: what is not that simple carries a digest."""
     text = str(text)
+    if re.fullmatch(r"[a-z0-9_]+(/[a-z0-9_]+)*", text) and len(text) <= LONGEST:
+        return text.replace("/", "-")
     plain = "".join(c if c.isascii() and c.isalnum() else "_" for c in text).strip("_").lower()
-    simple = plain == text.lower() or plain == text.lower().replace("/", "_")
-    if simple and 0 < len(plain) <= LONGEST:
-        return plain
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return f"{plain[: LONGEST - 9]}_{digest}".strip("_")
 

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from trainer import parallel
 
+ABSURD = 1e6
+"""No weight of a language model that works is as large."""
+
 
 class Stateful(Protocol):
     def state_dict(self) -> dict: ...
@@ -52,10 +55,14 @@ class TrainState:
             part.load_state_dict(state[name])
 
     def is_finite(self) -> bool:
-        """On every rank, of every weight: what has diverged is not worth keeping."""
+        """On every rank, of every weight, and none is absurd."""
+        return parallel.all_true(not self.ran_away())
+
+    def ran_away(self) -> bool:
+        """On this rank, without asking the others: a weight is not finite, or absurd."""
         weights = [w for model in self.models.values() for w in _weights(model).values()]
         local = [parallel.local(w) for w in weights if w.is_floating_point()]
-        return parallel.all_true(all(bool(w.isfinite().all()) for w in local))
+        return not all(bool((w.abs() < ABSURD).all()) for w in local)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
