@@ -148,8 +148,10 @@ def accepted(run: RunFolder, config: Config, stages: Sequence[str]) -> bool:
 
 def settle(run: RunFolder) -> None:
     """Swaps and removals that a kill has left half done."""
-    rounds = [RunFolder(path) for path in run.rounds.glob("*")]
-    for each in (run, *rounds):
+    inner = [*run.rounds.glob("[0-9]*")]
+    if parallel.world_size() > 1:  # else they are processes, which settle their own
+        inner += run.path.glob("baselines/[!.]*")
+    for each in (run, *map(RunFolder, inner)):
         for parent in (each.path, each.path / "models", each.path / "checkpoints"):
             files.settle(parent)
     files.settle(run.rounds)
@@ -167,7 +169,7 @@ def do_again(run: RunFolder, stages: Sequence[str]) -> None:
         if again:
             files.write(run.begun, " ".join(again) + "\n")
             # baselines too are done again, from models that are new
-            beside = run.path.glob("baselines/*/") if "ppo" in again else ()
+            beside = run.path.glob("baselines/[!.]*") if "ppo" in again else ()
             traces = [(run, stage) for stage in again]
             traces += [(RunFolder(path), "ppo") for path in beside]
             for each, stage in traces:

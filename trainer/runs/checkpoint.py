@@ -189,6 +189,11 @@ class Checkpoints:
     def load_newest(self) -> None:
         """The newest whole one; a damaged one is told and passed over."""
         for path in [each for _, each in sorted(steps_in(self.folder).items(), reverse=True)]:
+            if files.is_older(path):
+                raise CheckpointError(
+                    f"{path}: older versions kept pickles in their checkpoints, which are not "
+                    "read: go on with the version that wrote it, or start again"
+                )
             if problem := _problem(path):
                 say(f"{self.stage}: checkpoint {path} is damaged ({problem}) and passed over")
                 continue

@@ -72,20 +72,42 @@ def entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, int]]:
 def seal(folder: Path, files: dict[str, dict[str, int]] | None = None, **about: Any) -> None:
     """Write the folder's manifest, and all of it onto the disk."""
     files = entries(folder, names_in(folder)) if files is None else files
-    write(folder / MANIFEST, json.dumps({**about, "files": files}, indent=1) + "\n")
+    said = {**about, "files": files}
+    write(folder / MANIFEST, json.dumps({**said, "crc32": _of_itself(said)}, indent=1) + "\n")
     for inner in {(folder / name).parent for name in files}:
         sync_folder(inner)
 
 
 def manifest(folder: Path) -> dict[str, Any]:
     """{} where it is missing, or is not a manifest of any file."""
+    said = _manifest(folder)
+    if said.pop("crc32", None) != _of_itself(said):
+        return {}
+    return said if _is_manifest(said) else {}
+
+
+def is_older(folder: Path) -> bool:
+    """A manifest as versions wrote it whose states were pickles."""
+    said = _manifest(folder)
+    return "crc32" not in said and _is_manifest(said)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
     try:
         said = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    files = said.get("files") if isinstance(said, dict) else None
+    return said if isinstance(said, dict) else {}
+
+
+def _of_itself(said: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(said, sort_keys=True).encode())
+
+
+def _is_manifest(said: dict[str, Any]) -> bool:
+    files = said.get("files")
     good = isinstance(files, dict) and files and all(map(_is_entry, files.values()))
-    return said if good and all(map(_is_inside, files)) else {}
+    return bool(good and all(map(_is_inside, files)))
 
 
 def _is_entry(entry: object) -> bool:

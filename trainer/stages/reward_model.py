@@ -238,4 +238,10 @@ def sampled_pairs(config: Config, policy: Policy, tokenizer: PreTrainedTokenizer
                     rating_rejected=ratings[worst],
                 )
             )
+    if not pairs:
+        raise DataError(
+            f"data.pairs: {config.data.pairs}: the SFT model answers each of {len(prompts)} "
+            "prompts in one way only, which leaves no pair: raise rollout.temperature, or lower "
+            "sft.steps"
+        )
     return pairs

@@ -28,8 +28,27 @@ def resealed(folder):
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     contents = {f.name: f.read_bytes() for f in folder.iterdir() if f != path}
+    manifest.pop("crc32")
     manifest["files"] = {n: {"bytes": len(c), "crc32": zlib.crc32(c)} for n, c in contents.items()}
+    manifest["crc32"] = zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
     path.write_text(json.dumps(manifest))
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_and_not_passed_over(saved, tmp_path):
+    said = json.loads((saved / "manifest.json").read_text())
+    del said["crc32"]
+    (saved / "manifest.json").write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match="older versions kept pickles"):
+        Small(tmp_path).open(resume=True)
+
+
+@pytest.mark.parametrize("key", ["step", "stage", "ranks", "score"])
+def test_a_manifest_is_checked_too(saved, tmp_path, capsys, key):
+    said = json.loads((saved / "manifest.json").read_text())
+    said[key] = 7
+    (saved / "manifest.json").write_text(json.dumps(said))
+    Small(tmp_path).open(resume=True)
+    assert "step_1 is damaged (manifest.json is missing or broken)" in capsys.readouterr().out
 
 
 @pytest.fixture
