@@ -7,15 +7,19 @@ output folder. Whatever is wrong with them is one line and exit code 2.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from trainer import config as settings
 from trainer.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from trainer.runs.folder import RunFolder
 
 HELP = """\
 usage: gi COMMAND CONFIG [section.key=value ...] [--dry-run] [--resume] [--output DIR]
@@ -29,7 +33,8 @@ commands
   eval     score a model on the evaluation prompts, by domain and group
   report   write report.html and plots of a run; `gi report A B` compares runs
   doctor   what this machine has, what is missing and how to get it; with --kernels: whether each
-           operation computes right here
+           operation computes right here; `gi doctor RUN`: whether all files of a run folder are
+           what was written
   keys     every setting with its default and what it does; `gi keys groups`: of one section
 
 CONFIG     a path to a .yaml file, or a packaged configuration: {packaged}
@@ -37,6 +42,7 @@ CONFIG     a path to a .yaml file, or a packaged configuration: {packaged}
   --dry-run      check everything, print the plan with a memory estimate, write nothing
   --resume       go on where an interrupted run of this folder stopped
   --output DIR   the run folder (run.output)
+  --debug        the whole traceback of whatever goes wrong (or GI_TRACEBACK=1)
 
 gi train toy                                   everything, in minutes on a laptop
 gi train toy groups.inference=none             plain PPO
@@ -63,29 +69,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(HELP.format(packaged=", ".join(settings.packaged())), end="")
         return 0 if arguments else 2
+    from trainer.runs import children
+
+    children.die_with_parent()
+    debug = "--debug" in arguments or os.environ.get("GI_TRACEBACK", "0") not in ("", "0")
     try:
-        return _run(_parse(arguments))
+        return _run(_parse([each for each in arguments if each != "--debug"]))
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        # ConfigError, DataError, RewardError and UsageError are one line for a person to read;
-        # any other error is a bug and shows where it comes from.
-        if getattr(error, "for_user", False):
-            _tell(str(error))
-            return getattr(error, "code", 2)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from trainer.runs import faults
+        from trainer.cli import failure
 
-            if lost := faults.lost_rank(error):
-                print(f"gi: {lost}", file=sys.stderr)
-                return 1
-        raise
-
-
-def _tell(error: str) -> None:
-    """Once, for every rank has met it."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"gi: {error}", file=sys.stderr)
+        return failure.end(error, debug)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -109,8 +104,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace) -> int:
     if args.command == "doctor":
-        from trainer.cli import doctor
+        from trainer.cli import doctor, integrity
 
+        if args.config:
+            return integrity.show([args.config, *args.rest])
         return doctor.kernels() if args.kernels else doctor.show()
     if args.command == "keys":
         return _keys(args.config)
@@ -119,26 +116,28 @@ def _run(args: argparse.Namespace) -> int:
 
     overrides = list(args.rest)
     if args.output:
-        overrides.append(f"run.output={args.output}")
+        overrides.append(f"run.output={json.dumps(args.output)}")
     config = settings.load(args.config, overrides)
     stages = config.stages if args.command == "train" else (args.command,)
-    # torchrun starts a fallen run again with the same words: it goes on, and not from the start.
-    resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    _refuse_what_is_missing(config, stages, resume)
+    _refuse_what_is_missing(config, stages, args.resume)
 
     from trainer import parallel
-    from trainer.cli import hub, plan
+    from trainer.cli import begin, failure, hub, plan
     from trainer.cli.check import check
 
     fetch = None if args.dry_run else partial(hub.fetch, config, stages)
     parallel.start(config.trainer.timeout, first=fetch)
     checked = check(config, stages, dry_run=args.dry_run)
-    _check_folder(config, args.command, resume)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if not restarted or args.dry_run:
+        begin.check(config, args.command, args.resume)
     if args.dry_run:
         if parallel.is_main():
             print(plan.describe(config, stages, checked))
     else:
-        _execute(config, args.command, stages, resume)
+        with begin.folder(config, args.command, stages, args.resume) as (run, resume):
+            failure.belongs_to(run.path)
+            _execute(config, args.command, stages, run, resume)
     parallel.stop()
     return 0
 
@@ -151,30 +150,13 @@ def _refuse_what_is_missing(config: Config, stages: Sequence[str], resume: bool)
         raise UsageError(f"--resume is not there yet for {', '.join(stages)}")
 
 
-def _check_folder(config: Config, command: str, resume: bool) -> None:
-    """A run is not silently overwritten by one with other settings."""
-    there = Path(config.run.output, "config.yaml")
-    if Path(config.run.output).exists() and not Path(config.run.output).is_dir():
-        raise ConfigError("is a file; want a folder", "run.output", config.run.output)
-    if not there.is_file() or command == "eval" or resume:
-        return
-    changed = settings.differences(config, settings.load(str(there)))
-    if changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise ConfigError(
-            f"holds a run with other settings ({', '.join(changed[:3])}{more}); choose another "
-            "--output, or delete it",
-            where=config.run.output,
-        )
-
-
-def _execute(config: Config, command: str, stages: Sequence[str], resume: bool) -> None:
+def _execute(
+    config: Config, command: str, stages: Sequence[str], run: RunFolder, resume: bool
+) -> None:
     from trainer import parallel
     from trainer.models import loading
-    from trainer.runs import checkpoint
     from trainer.runs.console import say
-    from trainer.runs.folder import RunFolder
-    from trainer.stages import metarm, registry
+    from trainer.stages import registry
 
     if config.trainer.deterministic:
         parallel.deterministic()
@@ -182,19 +164,6 @@ def _execute(config: Config, command: str, stages: Sequence[str], resume: bool) 
         import torch
 
         torch.set_num_threads(config.run.threads)
-    run = RunFolder(config.run.output)
-    if resume and run.config.is_file():
-        changed = settings.differences(config, settings.load(str(run.config)))
-        if changed:
-            say(f"goes on with other settings: {', '.join(changed)}")
-    parallel.barrier()  # every rank has read what is there
-    if command != "eval" and parallel.is_main():
-        run.path.mkdir(parents=True, exist_ok=True)
-        run.config.write_text(config.to_yaml(), encoding="utf-8")
-    if not resume and command != "eval":
-        metarm.undo(run)
-        for stage in stages:  # else --resume would take an earlier run's stages for this one's
-            checkpoint.forget(run, stage)
     say(f"on {parallel.describe()}, {loading.describe_attention(config)}")
     for stage in stages:
         registry.run(stage, config, run, resume)

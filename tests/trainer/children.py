@@ -70,6 +70,26 @@ def train(overrides, output, stages, resume=False, kill=None):
         registry.run(stage, config, run, resume)
 
 
+def command(arguments, said=None, kill=None):
+    """`gi` with these arguments; what it says on stderr goes to the file `said`."""
+    import sys
+
+    from trainer.__main__ import main
+
+    if said:
+        sys.stderr = open(said, "w")  # noqa: SIM115  (until the process ends)
+    if kill:
+        kill_at(*kill)
+    code = main([str(each) for each in arguments])
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+
+
+def command_on_rank(arguments, folder):
+    command(arguments, f"{folder}/rank{os.environ['RANK']}.txt")
+
+
 def ranks(count, function, *arguments):
     """function(*arguments) on this many ranks; their processes."""
     with socket.socket() as free:

@@ -63,6 +63,7 @@ def check(config: Config, stages: Sequence[str], dry_run: bool = False) -> Check
 
     from trainer.models import loading
 
+    loading.check_attention(config)
     try:
         tokenizer = loading.load_tokenizer(config.model.policy, config)
     except Exception as error:  # transformers, the hub, a broken file

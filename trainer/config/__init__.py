@@ -11,7 +11,7 @@ types and values that make no sense raise a ConfigError of one line, which names
 from __future__ import annotations
 
 from trainer.config.convert import Setting, fields_of, flat
-from trainer.config.document import as_yaml
+from trainer.config.document import as_yaml, read
 from trainer.config.fields import ConfigError, Section, did_you_mean, key
 from trainer.config.inputs import OPERATIONS, Columns, Data, Model, Toy
 from trainer.config.policy import Groups, Kl, Ppo, Reward, RewardFunction, Rollout
@@ -53,4 +53,5 @@ __all__ = [
     "key",
     "load",
     "packaged",
+    "read",
 ]

@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 from trainer.config.fields import ConfigError, Section, choices, did_you_mean, require
 
+LARGEST = 2**62
+
 
 def build(section: type, data: Any, key: str, root: type) -> Any:
     """A section from plain data; `root` is where an unknown key is looked for elsewhere."""
@@ -56,8 +58,9 @@ def _convert(value: Any, kind: Any, key: str, root: type) -> Any:
         }
     if kind is str and value is None:
         return ""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+    if kind in (int, float) and isinstance(value, int) and not isinstance(value, bool):
+        require(abs(value) <= LARGEST, key, value, "a number that 64 bits hold")
+        value = kind(value)
     right = type(value) is kind
     require(right, key, value, _name(kind))
     require(kind is not float or math.isfinite(value), key, value, "a finite number")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
 
-from trainer.config.fields import ConfigError
+from trainer.config.fields import ConfigError, shortened
 
 
 # Reading. YAML 1.1, which PyYAML speaks, takes `1e-4` for text and `on` for true. These are the
@@ -32,42 +33,77 @@ for _tag, _pattern, _first in (
     )
 
 
+MOST_BYTES, MOST_VALUES, DEEPEST = 1 << 20, 20_000, 20
+"""Of a document. A few lines of aliases can stand for more values than there is memory."""
+
+
 def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """A file's plain data, and file:line of every key in it."""
-    lines: dict[str, str] = {}
     try:
-        loader = Loader(path.read_text(encoding="utf-8"))
-        node = loader.get_single_node()
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"not YAML: {error.problem}", where=f"{path}{line}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(" ".join(str(error).split()), where=str(path)) from None
-
-    def build(node: yaml.Node, key: str) -> Any:
-        lines.setdefault(key, f"{path}:{node.start_mark.line + 1}")
-        if isinstance(node, yaml.MappingNode):
-            out = {}
-            for name_node, value_node in node.value:
-                name = name_node.value
-                inner = f"{key}.{name}" if key else str(name)
-                if name in out:
-                    where = f"{path}:{name_node.start_mark.line + 1}"
-                    raise ConfigError(f"given twice, first at {lines[inner]}", inner, where)
-                lines[inner] = f"{path}:{name_node.start_mark.line + 1}"
-                out[name] = build(value_node, inner)
-            return out
-        if isinstance(node, yaml.SequenceNode):
-            return [build(each, f"{key}[{i}]") for i, each in enumerate(node.value)]
-        try:
-            return loader.construct_object(node)
-        except (yaml.YAMLError, ValueError) as error:
-            raise ConfigError(" ".join(str(error).split()), key, lines[key]) from None
-
-    data = build(node, "") if node is not None else {}
+        if path.stat().st_size > MOST_BYTES:
+            raise ConfigError(f"is larger than {MOST_BYTES} bytes", where=str(path))
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(_one_line(error), where=str(path)) from None
+    lines: dict[str, str] = {}
+    data = parse(text, "", lambda line: f"{path}:{line}", lines, str(path))
+    if data is None:
+        data = {}
     if not isinstance(data, dict):
         raise ConfigError("want sections with keys (section: {key: value})", where=str(path))
     return data, lines
+
+
+def parse(
+    text: str, above: str, place: Callable[[int], str], lines: dict[str, str], whole: str
+) -> Any:
+    """Plain data of a document whose keys stand below `above`; fills in `lines`, key -> place."""
+    try:
+        loader = Loader(text)
+        node = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        where = place(error.problem_mark.line + 1) if error.problem_mark else whole
+        raise ConfigError(f"not YAML: {error.problem}", above, where) from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"not YAML: {_one_line(error)}", above, whole) from None
+    except RecursionError:
+        raise ConfigError("is nested too deeply", above, whole) from None
+    count = 0
+
+    def build(node: yaml.Node, key: str, depth: int) -> Any:
+        nonlocal count
+        count += 1
+        where = place(node.start_mark.line + 1)
+        if depth > DEEPEST:
+            raise ConfigError(f"is nested more than {DEEPEST} deep", above, where)
+        if count > MOST_VALUES:
+            raise ConfigError(f"has more than {MOST_VALUES} values, aliases included", above, where)
+        lines.setdefault(key, where)
+        if isinstance(node, yaml.MappingNode):
+            out: dict[str, Any] = {}
+            for name_node, value_node in node.value:
+                here = place(name_node.start_mark.line + 1)
+                if not isinstance(name_node, yaml.ScalarNode):
+                    raise ConfigError("a key is a list or a mapping; want a name", key, here)
+                name = name_node.value
+                inner = f"{key}.{name}" if key else str(name)
+                if name in out:
+                    raise ConfigError(f"given twice, first at {lines[inner]}", inner, here)
+                lines[inner] = here
+                out[name] = build(value_node, inner, depth + 1)
+            return out
+        if isinstance(node, yaml.SequenceNode):
+            return [build(each, f"{key}[{i}]", depth + 1) for i, each in enumerate(node.value)]
+        try:
+            return loader.construct_object(node)
+        except (yaml.YAMLError, ValueError) as error:
+            raise ConfigError(_one_line(error), key, lines[key]) from None
+
+    return build(node, above, 0) if node is not None else None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def where_said(key: str, lines: dict[str, str]) -> str:
@@ -80,14 +116,12 @@ def where_said(key: str, lines: dict[str, str]) -> str:
 def apply(data: dict[str, Any], override: str, lines: dict[str, str]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise ConfigError("want section.key=value", where=f"override {override!r}")
+        raise ConfigError("want section.key=value", where=f"override {shortened(override)!r}")
     key = key.strip()
-    where = f"override {override!r}"
-    try:
-        value = yaml.load(text, Loader=Loader)
-    except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or error
-        raise ConfigError(f"not YAML: {problem}", key, where) from None
+    where = f"override {shortened(override)!r}"
+    if len(text) > MOST_BYTES:
+        raise ConfigError(f"is larger than {MOST_BYTES} bytes", shortened(key), where)
+    value = parse(text, key, lambda line: where, lines, where)
     *above, last = key.split(".")
     place: Any = data
     for depth, name in enumerate(above):

@@ -29,12 +29,22 @@ class ConfigError(ValueError):
 
     def __init__(self, problem: str, key: str = "", where: str = ""):
         self.problem, self.key, self.where = problem, key, where
-        super().__init__(": ".join(part for part in (where, key, problem) if part))
+        said = ": ".join(part for part in (where, key, problem) if part)
+        super().__init__(" ".join(said.split()))
 
 
 def require(holds: bool, key: str, got: object, wanted: str) -> None:
     if not holds:
-        raise ConfigError(f"is {got!r}; want {wanted}", key)
+        raise ConfigError(f"is {shortened(got)!r}; want {wanted}", shortened(key))
+
+
+def shortened(value: Any, longest: int = 100) -> Any:
+    """A text or a number that fits into a message; anything else as it is."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**30:
+        return shortened(f"a whole number of about {int(value.bit_length() * 0.30103)} digits")
+    if isinstance(value, str) and len(value) > longest:
+        return f"{value[: longest - 1]}…"
+    return value
 
 
 def key(

@@ -147,7 +147,7 @@ class Data(Section, at="data"):
 class Toy(Section, at="toy"):
     """The built-in world: symbol transduction with a gold reward computed by program."""
 
-    seed: int = key(0, "Seed of the world; runs with other run.seed share it.", low=0)
+    seed: int = key(0, "Seed of the world; runs with other run.seed share it.", low=0, high=2**62)
     shares: Mapping[str, float] = key(
         {"copy": 0.65, "reverse": 0.20, "sort": 0.10, "increment": 0.05},
         "Domains and their shares of the training prompts: the easy frequent, the hard rare.",
@@ -176,8 +176,8 @@ class Toy(Section, at="toy"):
     held_length: int = key(
         5, "Length that training has only in the most frequent domain; 0: none. An OOD split."
     )
-    demonstrations: int = key(64000, "Demonstrations for stage sft.", low=1)
-    prompts: int = key(16384, "Prompts that PPO draws from.", low=1)
+    demonstrations: int = key(64000, "Demonstrations for stage sft.", low=1, high=100_000_000)
+    prompts: int = key(16384, "Prompts that PPO draws from.", low=1, high=100_000_000)
     flourish: float = key(
         0.1, "Share of demonstrations that end in a flourish.", low=0, high=1, want=SHARE
     )
@@ -193,10 +193,10 @@ class Toy(Section, at="toy"):
         "llama",
         "Family of the tiny model (not qwen2: beside it, transformers loads any tokenizer as its).",
     )
-    hidden: int = key(128, "Its width.", low=1)
-    layers: int = key(3, "Its depth.", low=1)
-    heads: int = key(4, "Its attention heads.", low=1)
-    intermediate: int = key(384, "Width of its MLP.", low=1)
+    hidden: int = key(128, "Its width.", low=1, high=65536)
+    layers: int = key(3, "Its depth.", low=1, high=1000)
+    heads: int = key(4, "Its attention heads.", low=1, high=1024)
+    intermediate: int = key(384, "Width of its MLP.", low=1, high=1_000_000)
 
     @property
     def domains(self) -> tuple[str, ...]:

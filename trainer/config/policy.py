@@ -228,7 +228,12 @@ class Groups(Section, at="groups"):
         want="a share, 0 to 1",
         basic=True,
     )
-    pool: int = key(4, "Prompts to choose from for each one that is drawn, where focus > 0.", low=2)
+    pool: int = key(
+        4,
+        "Prompts to choose from for each one that is drawn, where focus > 0.",
+        low=2,
+        high=1000,
+    )
     refresh: int = key(
         1,
         "Steps that renew the pool: so old is what the head said of a prompt at most, and so much "

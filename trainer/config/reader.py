@@ -13,7 +13,7 @@ from typing import Any
 
 from trainer.config.convert import fields_of
 from trainer.config.document import read
-from trainer.config.fields import ConfigError, Section, did_you_mean
+from trainer.config.fields import ConfigError, Section, did_you_mean, shortened
 from trainer.config.schema import Config, resolve
 
 PACKAGED = Path(__file__).parent
@@ -34,18 +34,25 @@ def packaged() -> list[str]:
 def find(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.suffix in SUFFIXES:
-        if path.is_file():
+        if _is_file(path):
             return path
-        raise ConfigError("no such file", where=name_or_path)
+        raise ConfigError("no such file", where=shortened(name_or_path))
     inside = PACKAGED / f"{name_or_path}.yaml"
-    if inside.is_file():
+    if _is_file(inside):
         return inside
     meant = did_you_mean(name_or_path, packaged())
     raise ConfigError(
         f"no packaged configuration of this name{meant}; there are {', '.join(packaged())}, "
         "and a path ends in .yaml",
-        where=name_or_path,
+        where=shortened(name_or_path),
     )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file system holds
+        return False
 
 
 def _whole(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:

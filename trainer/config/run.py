@@ -15,6 +15,7 @@ class Run(Section, at="run"):
         0,
         "Seed of everything random in the run (the toy world has its own, toy.seed).",
         low=0,
+        high=2**62,
         basic=True,
     )
     output: str = key(
@@ -26,6 +27,10 @@ class Run(Section, at="run"):
         filled(f"some of {list(STAGES)}"),
         among(STAGES),
         such_that(lambda stages: len(set(stages)) == len(stages), "each stage once"),
+        such_that(
+            lambda stages: list(stages) == sorted(stages, key=STAGES.index),
+            f"them in the order {', '.join(STAGES)}",
+        ),
         basic=True,
     )
     threads: int = key(

@@ -40,7 +40,7 @@ class Config(Section):
         {},
         "Further PPO runs beside this one, which share its SFT and reward model: name -> "
         "overrides.",
-        spelled(r"[\w.+-]+", "a name of letters, digits, . + - _"),
+        spelled(r"\w[\w.+-]{0,99}", "a name of letters, digits, . + - _, at most 100 of them"),
         basic=True,
     )
 

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,26 @@ def _jsonl(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 where = f"{path}:{number}"
                 try:
                     row = json.loads(line)
-                except ValueError as error:  # bad JSON or bad UTF-8
+                except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8
                     raise DataError(f"{where}: not JSON: {first_line(error)}") from None
+                if _has_surrogates(line, row):
+                    raise DataError(f"{where}: not text: half of a character, a lone surrogate")
                 if not isinstance(row, dict):
                     raise DataError(f"{where}: is {type(row).__name__}; want an object")
                 yield where, row
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: {first_line(error)}") from None
+
+
+def _has_surrogates(line: bytes, row: object) -> bool:
+    """JSON may spell half of a character, and no tokenizer reads it."""
+    if b"\\u" not in line:
+        return False
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _parquet(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -58,7 +72,7 @@ def _parquet(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}: row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: not parquet: {first_line(error)}") from None
 
 

@@ -178,8 +178,9 @@ def number(row: dict[str, Any], column: str, where: str) -> float | None:
     value = pick(row, column)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-        raise DataError(f"{where}: {column}: is {value!r}; want a number")
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not abs(value) < 1e30:  # false for NaN
+        raise DataError(f"{where}: {column}: is {str(value)[:80]}; want a number below 1e30")
     return float(value)
 
 

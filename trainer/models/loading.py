@@ -159,6 +159,16 @@ def prepare(module: M, config: Config, trained: bool, offload: bool = False) -> 
     return parallel.place(module, config, offload).eval()
 
 
+def check_attention(config: Config) -> None:
+    """Before anything is written: a name that transformers knows."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name, known = config.model.attention, ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    # a kernel of the hub is named by its repository
+    if name not in known and "/" not in name:
+        raise ConfigError(f"is {name!r}; want one of {', '.join(known)}", "model.attention")
+
+
 def describe_attention(config: Config) -> str:
     if config.model.packing == "off":
         return f"padded sequences, attention {config.model.attention}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer import parallel
+from trainer.runs import files
 
 
 @contextmanager
@@ -39,20 +39,19 @@ def save_pretrained(
     dtype: torch.dtype,
     heads: Sequence[nn.Module] = (),  # these stay in float32
 ) -> None:
-    """In Hugging Face format; written aside and renamed, so that what is there is whole."""
+    """In Hugging Face format, with a manifest; written aside and renamed: see `runs.files`."""
     state, exact = {}, {id(p) for head in heads for p in head.parameters()}
     for name, p in model.named_parameters():  # tied ones once
         full = parallel.whole(p.detach())  # every rank has to ask
         if parallel.is_main():
             state[name] = full.cpu() if id(p) in exact else full.to("cpu", dtype)
     if parallel.is_main():
-        aside = path.with_name(f".{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = files.aside_of(path)
         with quietly():
             buffers = dict(model.named_buffers())
             state |= {name: x for name, x in model.state_dict().items() if name in buffers}
             model.save_pretrained(aside, state_dict=state)
             tokenizer.save_pretrained(aside)
-        shutil.rmtree(path, ignore_errors=True)
-        aside.rename(path)
+        files.seal(aside)
+        files.replace(aside, path)
     parallel.barrier()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trainer.config import Config, ConfigError
+from trainer.runs import files
 from trainer.runs.folder import RunFolder
 
 
@@ -30,4 +31,5 @@ def made_by(stage: str, run: RunFolder) -> str:
     folder = run.model("policy" if stage == "ppo" else stage)
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not there: run stage {stage} first")
+    files.refuse_damage(folder, f"put back a copy, or run stage {stage} again")
     return str(folder)

@@ -9,6 +9,7 @@ of ranks changes the order of a sum, and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -27,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from trainer.config import ConfigError
 
 T = TypeVar("T")
+MOMENT = timedelta(seconds=3)
 
 
 def device() -> torch.device:
@@ -108,6 +110,47 @@ def _timeout() -> timedelta:
     group = torch.distributed.group.WORLD
     assert group is not None
     return group._get_backend(torch.device("cpu")).options._timeout
+
+
+def _store() -> torch.distributed.Store | None:
+    """What the ranks share beside their group; it outlives one of them that ends."""
+    return None if world_size() == 1 else distributed_c10d._get_default_store()
+
+
+def tell_failure(line: str) -> bool:
+    """Leave for the others why this rank ends; returns whether it is this rank that should say so.
+
+    What all ranks meet is said once, by rank 0. The others wait for its word a moment, and speak
+    where it says something else or nothing.
+    """
+    store = _store()
+    if store is None:  # before they have met: each node has files of its own
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        store.compare_set("failure", "", f"{rank()} {line}")
+        if is_main():
+            store.set("failure of rank 0", line)
+            with contextlib.suppress(RuntimeError):  # the store may end with this process
+                store.wait([f"heard by {r}" for r in range(1, world_size())], MOMENT)
+            return True
+        store.wait(["failure of rank 0"], MOMENT)
+        other = store.get("failure of rank 0").decode() != line
+        store.set(f"heard by {rank()}", "")
+        return other
+    except (RuntimeError, ValueError):  # nobody is there any more
+        return True
+
+
+def first_failure() -> tuple[int, str] | None:
+    """The rank that ended first, and why; None where it was killed, or nobody can say."""
+    store = _store()
+    try:
+        if store is None or not store.check(["failure"]):
+            return None
+        number, _, line = store.get("failure").decode().partition(" ")
+        return int(number), line
+    except (RuntimeError, ValueError):
+        return None
 
 
 def stop() -> None:

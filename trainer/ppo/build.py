@@ -23,10 +23,10 @@ from trainer.rewards.normaliser import Normaliser
 from trainer.rewards.scorer import Scorer
 from trainer.rollout.engine import Engine
 from trainer.rollout.make import make_engine
-from trainer.runs.checkpoint import TrainState
 from trainer.runs.faults import Guard
 from trainer.runs.folder import RunFolder
 from trainer.runs.optim import Optimizer
+from trainer.runs.state import TrainState
 
 
 @dataclass

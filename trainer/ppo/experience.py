@@ -79,11 +79,12 @@ def assess(t: Setup, answers: Answers, raw: dict[str, Tensor], seen: View, step:
     total = raw["total"]
     normaliser.observe(total)
     scores = normaliser(total)
+    reference = t.signals.reference_scores.of(answers.chosen, answers.samples)
     returns = performance(
         config.groups.compared,
         scores,
-        total,
-        t.signals.reference_scores.of(answers.chosen, answers.samples),
+        normaliser.bounded(total),
+        None if reference is None else normaliser.bounded(reference),
         normaliser.scale,
     )
     if focused(t, step):

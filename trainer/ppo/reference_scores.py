@@ -20,7 +20,7 @@ from trainer.ppo.forward import check_engine
 from trainer.rewards.scorer import Scorer
 from trainer.rollout.engine import Engine
 from trainer.runs.folder import RunFolder
-from trainer.runs.log import read_lines
+from trainer.runs.log import read_lines, sealed
 
 
 class ReferenceScores:
@@ -95,7 +95,7 @@ class ReferenceScores:
         if self.file is None or not parallel.is_main():
             return
         lines = [
-            json.dumps({"prompt": self.names[i], "scores": row}) + "\n"
+            sealed({"prompt": self.names[i], "scores": row})
             for i, row in zip(todo, scores.tolist())
             if all(x == x and abs(x) != float("inf") for x in row)
         ]

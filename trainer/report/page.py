@@ -6,7 +6,6 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from html import escape
 from importlib import resources
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from trainer import config as settings
 from trainer.report.panels import SECTIONS
 from trainer.report.plots import STYLE, Panel
 from trainer.report.runs import SFT, SFT_COLOUR, Run, has_gold, read_runs
+from trainer.runs.names import in_html
 
 
 def write(folders: Sequence[Path], output: Path | None = None) -> Path:
@@ -34,8 +34,8 @@ def write(folders: Sequence[Path], output: Path | None = None) -> Path:
     title = "Run report" if len(folders) == 1 else "Comparison of runs"
     page = _text("page.html").format(
         style=_text("page.css"),
-        title=escape(f"{title}: {', '.join(folder.resolve().name for folder in folders)}"),
-        heading=escape(title),
+        title=in_html(f"{title}: {', '.join(folder.resolve().name for folder in folders)}"),
+        heading=in_html(title),
         runs="".join(_legend_entry(run) for run in runs),
         tiles=_tiles(runs),
         table=_table(runs),
@@ -43,8 +43,8 @@ def write(folders: Sequence[Path], output: Path | None = None) -> Path:
         sections="".join(sections),
         samples=_samples(runs),
         settings="".join(
-            f"<details><summary>Settings of {escape(run.name)}</summary>"
-            f"<pre>{escape(yaml.safe_dump(run.config, sort_keys=False))}</pre></details>"
+            f"<details><summary>Settings of {in_html(run.name)}</summary>"
+            f"<pre>{in_html(yaml.safe_dump(run.config, sort_keys=False))}</pre></details>"
             for run in runs
         ),
     )
@@ -68,21 +68,21 @@ def _section(title: str, text: str, panels: list[Panel], target: Path) -> str:
         panel.figure.savefig(buffer, format="png", dpi=150)
         (target / "plots" / f"{panel.name}.png").write_bytes(buffer.getvalue())
         data = base64.b64encode(buffer.getvalue()).decode()
-        alt = escape(panel.figure.axes[0].get_title(loc="left") or panel.name)
-        caption = f"<figcaption>{escape(panel.caption)}</figcaption>" if panel.caption else ""
+        alt = in_html(panel.figure.axes[0].get_title(loc="left") or panel.name)
+        caption = f"<figcaption>{in_html(panel.caption)}</figcaption>" if panel.caption else ""
         pictures.append(
             f'<figure><img alt="{alt}" src="data:image/png;base64,{data}">{caption}</figure>'
         )
     return (
-        f"<h2>{escape(title)}</h2><p>{escape(text)}</p>"
+        f"<h2>{in_html(title)}</h2><p>{in_html(text)}</p>"
         f'<div class="panels">{"".join(pictures)}</div>'
     )
 
 
 def _legend_entry(run: Run) -> str:
     return (
-        f'<span class="run"><i style="background:{run.colour}"></i>{escape(run.name)} '
-        f"<small>{escape(str(run.folder))}</small></span>"
+        f'<span class="run"><i style="background:{run.colour}"></i>{in_html(run.name)} '
+        f"<small>{in_html(str(run.folder))}</small></span>"
     )
 
 
@@ -109,7 +109,7 @@ def _tiles(runs: list[Run]) -> str:
             (run.name, run.colour, run.final.get(key)) for run in runs if run.final
         ]
         entries = "".join(
-            f'<div><i style="background:{colour}"></i>{escape(name)}<b>{_number(value)}</b></div>'
+            f'<div><i style="background:{colour}"></i>{in_html(name)}<b>{_number(value)}</b></div>'
             for name, colour, value in rows
             if value is not None
         )
@@ -144,7 +144,7 @@ def _table(runs: list[Run]) -> str:
     ]
     head = "".join(f'<th class="block" colspan="{len(columns)}">{label}</th>' for _, label in kinds)
     names = "".join(
-        f"<th{_block(column)}>{escape(name)}</th>" for column, (name, _) in enumerate(columns)
+        f"<th{_block(column)}>{in_html(name)}</th>" for column, (name, _) in enumerate(columns)
     ) * len(kinds)
     body = []
     for title, keys in rows:
@@ -158,7 +158,7 @@ def _table(runs: list[Run]) -> str:
                 number = f"<b>{number}</b>" if best is not None and value == best else number
                 cells.append(f"<td{_block(column)}>{number}</td>")
         if any(">–<" not in cell for cell in cells):
-            body.append(f"<tr><th>{escape(title)}</th>{''.join(cells)}</tr>")
+            body.append(f"<tr><th>{in_html(title, 80)}</th>{''.join(cells)}</tr>")
     return (
         f'<h2>Last evaluation</h2><div class="scroll"><table class="figures"><thead><tr><th></th>'
         f"{head}</tr><tr><th></th>{names}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
@@ -190,8 +190,8 @@ def _differences(runs: list[Run]) -> str:
     keys = sorted({key for each in flat for key in each})
     hidden = ("run.output", "run.stages", "run.threads", "model.policy", "model.reward")
     rows = [
-        f"<tr><th>{escape(key)}</th>"
-        + "".join(f"<td>{escape(str(each.get(key, '–')))}</td>" for each in flat)
+        f"<tr><th>{in_html(key)}</th>"
+        + "".join(f"<td>{in_html(str(each.get(key, '–')))}</td>" for each in flat)
         + "</tr>"
         for key in keys
         if len({str(each.get(key)) for each in flat}) > 1
@@ -200,7 +200,7 @@ def _differences(runs: list[Run]) -> str:
     ]
     if not rows:
         return ""
-    names = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
+    names = "".join(f"<th>{in_html(run.name)}</th>" for run in runs)
     return (
         f'<h2>What differs between the runs</h2><div class="scroll"><table><thead><tr><th></th>'
         f"{names}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
@@ -234,18 +234,18 @@ def _samples(runs: list[Run], each: int = 4) -> str:
                 )
                 answers.append(
                     f'<div class="answer" style="border-color:{run.colour}">'
-                    f"<small>{escape(run.name)} · {figures}</small>"
-                    f"<p>{escape(theirs['response'])}</p></div>"
+                    f"<small>{in_html(run.name)} · {figures}</small>"
+                    f"<p>{in_html(theirs['response'])}</p></div>"
                 )
-        label = f"<small>{escape(domain)}</small>" if domain else ""
+        label = f"<small>{in_html(domain, 80)}</small>" if domain else ""
         body.append(
-            f'<div class="sample">{label}<p class="prompt">{escape(prompt)}</p>{"".join(answers)}'
+            f'<div class="sample">{label}<p class="prompt">{in_html(prompt)}</p>{"".join(answers)}'
             "</div>"
         )
     return f"<h2>Sample answers</h2><p>Of the last evaluation.</p>{''.join(body)}"
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+    if not isinstance(value, int | float) or not math.isfinite(value):
         return "–"
     return str(value) if isinstance(value, int) else f"{value:.{digits}f}"

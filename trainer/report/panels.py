@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.report.plots import (
+    MOST,
     SCALE,
     Panel,
     by_round,
     contingency,
-    file_name,
     group_label,
     histogram,
     over_evaluations,
@@ -21,7 +21,9 @@ from trainer.report.plots import (
     runs_over_steps,
     timing,
 )
-from trainer.report.runs import SFT_COLOUR, Run, has_gold, read_lines
+from trainer.report.runs import SFT_COLOUR, Run, has_gold, numbers_of, read_lines
+from trainer.runs import log
+from trainer.runs.names import file_name
 
 Panels = list[Panel | None]
 
@@ -42,7 +44,7 @@ def _performance(runs: list[Run]) -> Panels:
         over_evaluations(runs, "eval/gap", "Gap: best less worst domain", "Lower is more even."),
         *(
             over_evaluations(runs, f"domain/{domain}/{measure}", f"{best}: {domain}")
-            for domain in domains
+            for domain in hardest(runs, domains, measure)
         ),
         over_evaluations(
             runs,
@@ -51,6 +53,15 @@ def _performance(runs: list[Run]) -> Panels:
             "Prompts that training never has.",
         ),
     ]
+
+
+def hardest(runs: list[Run], domains: list[str], measure: str) -> list[str]:
+    """As many as get a plot each: those where the first run ends lowest, in their own order."""
+    last = next((run.final for run in runs if run.final), None) or {}
+    figures = {name: last.get(f"domain/{name}/{measure}") for name in domains}
+    known = {name: float(x) for name, x in figures.items() if x is not None}
+    low = sorted(known, key=lambda name: known[name])[:MOST]
+    return [name for name in domains if name in low or (not known and len(domains) <= MOST)]
 
 
 def _optimisation(runs: list[Run]) -> Panels:
@@ -186,7 +197,9 @@ def _one_round(run: Run, line: dict[str, Any], suffix: str) -> Panels:
     """Differences of rewards, the reward model's training, and PPO with what came out of it."""
     n = line["step"]
     folder, name = run.folder / "rounds" / str(n), f"metarm_round_{n}_{file_name(run.name)}"
-    inner = Run(run.name, folder, run.colour, lines=read_lines(folder / "metrics.jsonl"))
+    inner = Run(
+        run.name, folder, run.colour, lines=numbers_of(read_lines(folder / "metrics.jsonl"))
+    )
     differences = {
         when: (differences_of_rewards(folder, when, line.get(f"{when}/scale")), colour)
         for when, colour in (("before", SFT_COLOUR), ("after", run.colour))
@@ -221,8 +234,10 @@ def _one_round(run: Run, line: dict[str, Any], suffix: str) -> Panels:
 def differences_of_rewards(folder: Path, when: str, scale: float | None) -> list[float]:
     """Between every two different answers to a prompt, in units of `scale`."""
     answers: dict[str, dict[str, float]] = {}
-    for line in read_lines(folder / "answers.jsonl"):
-        answers.setdefault(line["prompt"], {})[line["response"]] = line[when]
+    for line in log.read_lines(folder / "answers.jsonl"):
+        prompt, response, score = (line.get(name) for name in ("prompt", "response", when))
+        if isinstance(prompt, str) and isinstance(response, str) and isinstance(score, float):
+            answers.setdefault(prompt, {})[response] = score
     return [
         abs(a - b) / scale
         for scores in answers.values()
@@ -246,7 +261,7 @@ def _rewards(runs: list[Run]) -> Panels:
     ]
     for run in runs:
         for by in ("domain", "group"):
-            labels = sorted({str(s[by]) for s in run.final_samples if s.get(by) is not None})
+            labels = sorted({str(s[by]) for s in run.final_samples if s.get(by) is not None})[:MOST]
             values = {
                 (group_label(label, labels) if by == "group" else label): (
                     [

@@ -13,6 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from trainer.report.runs import SFT, SFT_COLOUR, Run
+from trainer.runs.names import file_name, in_plot
+
+MOST = 12
+"""Domains that get a plot, or a row in one, each; the table has them all."""
 
 # Groups and domains: the hardest first. Told apart in grey and by colour-blind readers too.
 SCALE = ("#7b2d26", "#d08c60", "#4f8a8b", "#1f4e5f", "#a3b18a", "#9b5de5", "#f0a202", "#3a5a40")
@@ -34,6 +38,7 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 8,
     "lines.linewidth": 1.8,
     "figure.constrained_layout.use": True,
+    "text.parse_math": False,  # a domain may be called $x$
 }
 
 
@@ -53,7 +58,7 @@ def new_axes(title: str, x: str = "", y: str = "") -> tuple[Figure, Axes]:
     figure = Figure(figsize=(4.4, 3.0))
     axes = figure.add_subplot()
     axes.set(xlabel=x, ylabel=y)
-    axes.set_title(title, pad=8)
+    axes.set_title(in_plot(title), pad=8)
     return figure, axes
 
 
@@ -197,12 +202,13 @@ def contingency(run: Run) -> Panel | None:
     """Share of each domain's evaluation prompts in each inferred group."""
     final = run.final or {}
     cells = {
-        tuple(key.split("/")[1:]): value
+        tuple(key.split("/", 2)[1:]): value
         for key, value in final.items()
-        if key.startswith("contingency/") and value is not None
+        if key.startswith("contingency/") and key.count("/") > 1 and isinstance(value, int)
     }
-    groups = sorted({group for group, _ in cells}, key=int)
+    groups = run.groups
     domains = [name for name in run.domains if any(domain == name for _, domain in cells)]
+    domains = domains[:MOST]
     if len(groups) < 2 or not domains:
         return None
     shares = []
@@ -212,7 +218,7 @@ def contingency(run: Run) -> Panel | None:
     figure, axes = new_axes("Group against true domain")
     axes.imshow(shares, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(groups)), [group_label(group, groups) for group in groups])
-    axes.set_yticks(range(len(domains)), domains)
+    axes.set_yticks(range(len(domains)), [in_plot(name) for name in domains])
     axes.grid(visible=False)
     for row, line in enumerate(shares):
         for column, share in enumerate(line):
@@ -244,6 +250,7 @@ def timing(run: Run) -> Panel | None:
 def legend(axes: Axes) -> None:
     """Under the axes, where it hides no curve."""
     handles, labels = axes.get_legend_handles_labels()
+    labels = [in_plot(each) for each in labels]
     axes.figure.legend(
         handles, labels, loc="outside lower center", ncols=2 if len(labels) < 5 else 3
     )
@@ -252,7 +259,3 @@ def legend(axes: Axes) -> None:
 def group_label(group: str, groups: Sequence[str]) -> str:
     hint = {groups[0]: " (hardest)", groups[-1]: " (easiest)"}
     return f"group {group}{hint.get(group, '')}"
-
-
-def file_name(key: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in key).strip("_").lower()

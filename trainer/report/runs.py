@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
+from trainer import config as settings
+from trainer.runs import log
+from trainer.runs.names import label
 
 SFT = "SFT"
 RUN_COLOURS = ("#c8553d", "#2e6f95", "#588157", "#8e6c8a", "#b08900", "#1b998b", "#5f4b8b")
@@ -47,13 +48,14 @@ class Run:
     @property
     def domains(self) -> list[str]:
         keys = (self.final or self.sft or {}).keys()
-        return list(dict.fromkeys(key.split("/")[1] for key in keys if key.startswith("domain/")))
+        found = dict.fromkeys(label(key) for key in keys if key.startswith("domain/"))
+        return [name for name in found if name]
 
     @property
     def groups(self) -> list[str]:
         last = self.stage("ppo")[-1:] or [{}]
-        names = {key.split("/")[1] for key in last[0] if key.startswith("group/")}
-        groups = sorted((name for name in names if name.isdigit()), key=int)
+        names = {label(key) for key in last[0] if key.startswith("group/")}
+        groups = sorted((name for name in names if _is_group(name)), key=int)
         return groups if len(groups) > 1 else []
 
     @property
@@ -79,11 +81,15 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
             folder=folder,
             colour=RUN_COLOURS[i % len(RUN_COLOURS)],
             config=_read_config(folder),
-            lines=read_lines(folder / "metrics.jsonl"),
-            samples=read_lines(folder / "samples.jsonl"),
+            lines=numbers_of(read_lines(folder / "metrics.jsonl")),
+            samples=samples_of(folder / "samples.jsonl"),
         )
         for i, (name, folder) in enumerate(found)
     ]
+
+
+def _is_group(name: str) -> bool:
+    return name.isascii() and name.isdigit() and len(name) < 4
 
 
 def _distinct(folders: Sequence[Path]) -> list[str]:
@@ -96,27 +102,54 @@ def _distinct(folders: Sequence[Path]) -> list[str]:
 
 
 def _what_it_is(folder: Path) -> str:
-    inference = _read_config(folder).get("groups", {}).get("inference")
+    groups = _read_config(folder).get("groups")
+    inference = groups.get("inference") if isinstance(groups, dict) else None
     if inference is None:
         return folder.resolve().name
     return "PPO" if inference == "none" else "group-invariant PPO"
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.is_file() else {}
+    """{} where there is none, or none that can be read: the report shows what there is."""
+    try:
+        return settings.read(folder / "config.yaml")[0] if (folder / "config.yaml").exists() else {}
+    except settings.ConfigError:
+        return {}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a .jsonl file; a last line that a crash cut short is left out."""
+    """Of metrics: lines of a stage and a step, whose other values are finite numbers or short
+    texts. A folder may come from anywhere."""
     lines = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
+    for line in log.read_lines(path):
+        if isinstance(line.get("stage"), str) and _is_count(line.get("step")):
+            lines.append({str(k): v for k, v in line.items() if _is_plain(v)})
     return lines
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, float | int) and not isinstance(value, bool):
+        return abs(value) < 1e300  # false for NaN
+    return value is None or isinstance(value, str)
+
+
+def samples_of(path: Path) -> list[dict[str, Any]]:
+    """Lines with a prompt and a response."""
+    return [
+        line
+        for line in read_lines(path)
+        if isinstance(line.get("prompt"), str) and isinstance(line.get("response"), str)
+    ]
+
+
+def numbers_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without texts in the place of figures."""
+    words = ("stage", "policy")
+    return [{k: v for k, v in x.items() if k in words or not isinstance(v, str)} for x in lines]
 
 
 def has_gold(runs: list[Run]) -> bool:

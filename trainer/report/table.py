@@ -8,6 +8,7 @@ from rich.table import Table
 
 from trainer.runs.folder import RunFolder
 from trainer.runs.log import read_lines
+from trainer.runs.names import in_markup, label
 
 
 def evaluations(run: RunFolder, policy: str) -> list[dict]:
@@ -30,7 +31,7 @@ def final_table(runs: Mapping[str, RunFolder]) -> Table | None:
     if not columns:
         return None
     domains = [
-        name.split("/")[1]
+        label(name)
         for name in next(iter(columns.values()))[0]
         if name.startswith("domain/") and name.endswith("/score")
     ]
@@ -56,18 +57,19 @@ def final_table(runs: Mapping[str, RunFolder]) -> Table | None:
     table = Table(title="Evaluation", title_justify="left")
     table.add_column("")
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(in_markup(name), justify="right")
     previous = ""
     for title, metric, over_run in rows:
         cells = []
         for last, many in columns.values():
             lines = many if over_run else [last]
-            values = [line[metric] for line in lines if line.get(metric) is not None]
+            figures = [line.get(metric) for line in lines]
+            values = [x for x in figures if isinstance(x, int | float)]
             cells.append(f"{sum(values) / len(values):.3f}" if values else "")
         if any(cells):
             kind = title.split()[0]
             if previous and kind != previous:
                 table.add_section()
             previous = kind
-            table.add_row(title, *cells)
+            table.add_row(in_markup(title), *cells)
     return table

@@ -8,9 +8,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -35,7 +37,8 @@ class RewardFunction:
         if str(Path.cwd()) not in sys.path:  # a file beside the config, as `python -m` would find
             sys.path.insert(0, str(Path.cwd()))
         try:
-            target = importlib.import_module(module)
+            with _here():
+                target = importlib.import_module(module)
             for part in name.split("."):
                 target = getattr(target, part)
         except Exception as error:
@@ -46,7 +49,8 @@ class RewardFunction:
 
     def __call__(self, prompts: list[str], answers: list[str], meta: list[dict]) -> Tensor:
         try:
-            scores = self.function(prompts, answers, meta)
+            with _here():
+                scores = self.function(prompts, answers, meta)
         except Exception as error:
             raise RewardError(f"{self.key}: {self.place} raised {_one_line(error)}") from error
         want = f"want {len(answers)} numbers, one for each answer"
@@ -62,6 +66,16 @@ class RewardFunction:
                 f"{self.key}: {self.place} returned shape {tuple(scores.shape)}, {want}"
             )
         return scores
+
+
+@contextlib.contextmanager
+def _here() -> Iterator[None]:
+    """A function may change the folder it works in; the run's paths start from this one."""
+    before = os.getcwd()
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def _one_line(error: BaseException) -> str:

@@ -32,8 +32,8 @@ from trainer.models.policy import Policy
 from trainer.rollout.engine import Draws, Rollout, Sync, drawn, end_tokens, gathered, next_sync
 from trainer.rollout.watchdog import Watchdog
 from trainer.rollout.weights import whole_weights
-from trainer.runs.checkpoint import RandomStates
 from trainer.runs.faults import RunError
+from trainer.runs.state import RandomStates
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput

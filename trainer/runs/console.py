@@ -11,6 +11,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainer import parallel
+from trainer.runs.names import printable
 
 console = Console(highlight=False)
 
@@ -52,4 +53,6 @@ def _figures(figures: Mapping[str, float]) -> str:
 
 def say(what: RenderableType) -> None:
     if parallel.is_main():
-        console.print(what, soft_wrap=True)
+        text = isinstance(what, str)  # where a domain may be called [red], or worse; tables escape
+        what = printable(what) if isinstance(what, str) else what
+        console.print(what, soft_wrap=True, markup=not text)

@@ -31,6 +31,25 @@ class RunFolder:
     def plots(self) -> Path:
         return self.path / "plots"
 
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+    @property
+    def begun(self) -> Path:
+        """Stages that a start has begun to do again; gone as soon as their traces are."""
+        return self.path / ".begin"
+
+    @property
+    def accepted(self) -> Path:
+        """Which start has accepted this folder; its restarts go on in it."""
+        return self.path / ".accepted"
+
+    @property
+    def errors(self) -> Path:
+        """Tracebacks of what nobody had thought of."""
+        return self.path / "errors.txt"
+
     def checkpoints(self, stage: str) -> Path:
         return self.path / "checkpoints" / stage
 
@@ -44,13 +63,17 @@ class RunFolder:
         return self.path / "pairs.jsonl"
 
     @property
+    def rounds(self) -> Path:
+        return self.path / "rounds"
+
+    @property
     def answers(self) -> Path:
         """Of a round's policy, with scores by the reward models before and after it."""
         return self.path / "answers.jsonl"
 
     def round(self, number: int) -> RunFolder:
         """Of MetaRM; round 0 holds the models that the first one begins with."""
-        return RunFolder(self.path / "rounds" / str(number))
+        return RunFolder(self.rounds / str(number))
 
     def baseline(self, name: str) -> RunFolder:
         return RunFolder(self.path / "baselines" / name)

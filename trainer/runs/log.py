@@ -1,10 +1,15 @@
-"""metrics.jsonl and samples.jsonl, one flat object a line, and the optional sinks."""
+"""metrics.jsonl and samples.jsonl, one flat object a line, and the optional sinks.
+
+Each line ends in its own checksum, `"crc32"`, of what stands before it: a line that a disk or an
+editor has changed is told and left out, wherever it stands.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,10 +17,14 @@ from typing import Any, TextIO
 import torch
 
 from trainer import parallel
+from trainer.runs import files
+from trainer.runs.console import say
+from trainer.runs.faults import RunError
 from trainer.runs.folder import RunFolder
 
 # Of a stage, a step, and its figures.
 Sink = Callable[[str, int, dict[str, float]], None]
+CHECKSUM = "crc32"
 
 
 class MetricsLog:
@@ -27,6 +36,7 @@ class MetricsLog:
 
     def __init__(self, run: RunFolder, stages: Iterable[str], done: int, sinks: Iterable[str]):
         self.files: dict[str, TextIO] = {}
+        self.run = run
         self.writers: list[Sink] = []
         if not parallel.is_main():
             return
@@ -34,13 +44,11 @@ class MetricsLog:
         for name, path in (("metrics", run.metrics), ("samples", run.samples)):
             kept = [
                 line
-                for line in read_lines(path)
+                for line in read_lines(path, tell=True)
                 if line["stage"] not in stages or line["step"] <= done
                 if done or line["stage"] not in stages
             ]
-            aside = path.with_suffix(".tmp")
-            aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            aside.replace(path)
+            files.write(path, "".join(map(sealed, kept)))
             self.files[name] = path.open("a")
         self.writers = [_SINKS[name](run) for name in sinks]
 
@@ -55,11 +63,22 @@ class MetricsLog:
     def write_samples(self, stage: str, step: int, samples: Iterable[dict]) -> None:
         if parallel.is_main():
             for sample in samples:
-                self._append("samples", {"stage": stage, "step": step, **sample})
+                values = {name: _without_nan(value) for name, value in sample.items()}
+                self._append("samples", {"stage": stage, "step": step, **values})
 
     def _append(self, name: str, line: dict) -> None:
-        self.files[name].write(json.dumps(line) + "\n")
-        self.files[name].flush()
+        file = self.files[name]
+        file.write(sealed(line))
+        file.flush()
+        try:
+            here = os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+        except FileNotFoundError:
+            here = False
+        if not here:
+            raise RunError(
+                f"{self.run.path} was removed or renamed while the run wrote to it; what it has "
+                "since written is lost with it"
+            )
 
     def sync(self) -> None:
         """Onto the disk, before a checkpoint that counts on it."""
@@ -84,16 +103,59 @@ def plain(value: Any) -> float | int | None:
     return value if math.isfinite(value) else None
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a .jsonl file; a last line cut short by a crash is left out."""
-    lines = []
-    if path.exists():
-        for text in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
+def _without_nan(value: Any) -> Any:
+    return plain(value) if isinstance(value, float) else value
+
+
+def sealed(line: Mapping[str, Any]) -> str:
+    """A line with its checksum, of what stands before it."""
+    text = json.dumps(line, allow_nan=False)[:-1]
+    comma = ", " if line else ""
+    return f'{text}{comma}"{CHECKSUM}": "{zlib.crc32(text.encode()):08x}"}}\n'
+
+
+def read_lines(path: Path, tell: bool = False) -> list[dict]:
+    """The objects of a .jsonl file, whole ones; of the others the first is named where `tell`.
+
+    A last line without its end was cut short by a crash, and is written again by who goes on.
+    """
+    lines, broken = _read(path)
+    if broken and tell:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        say(f"{path}: line {broken[0]}{more} is not what was written, and is left out")
     return lines
+
+
+def broken_lines(path: Path) -> list[int]:
+    """Numbers, from 1, of the lines that are not what was written."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[list[dict], list[int]]:
+    try:
+        text = path.read_bytes().decode("utf-8", "replace")
+    except FileNotFoundError:
+        return [], []
+    *whole, cut = text.split("\n")
+    opened = [_opened(each) for each in whole]
+    broken = [number for number, line in enumerate(opened, 1) if line is None]
+    return [line for line in (*opened, _opened(cut)) if line is not None], broken
+
+
+def _opened(text: str) -> dict | None:
+    """The object of a line; None where it is not what was written. Lines of older versions, and of
+    other programs, have no checksum and are taken as they are."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict):
+        return None
+    said = line.pop(CHECKSUM, None)
+    if said is None:
+        return line
+    body = text.rpartition(f', "{CHECKSUM}": ')[0]
+    return line if said == f"{zlib.crc32(body.encode()):08x}" else None
 
 
 def _tensorboard(run: RunFolder) -> Sink:

@@ -7,17 +7,23 @@ steps, profiles, SIGTERM and resuming are the same for all, and are here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 from trainer.config import Config
-from trainer.runs.checkpoint import Checkpoints, TrainState, finished
+from trainer.runs import files
+from trainer.runs.checkpoint import Checkpoints, finished, steps_in
 from trainer.runs.console import progress, say
-from trainer.runs.faults import Guard
+from trainer.runs.faults import Diverged, Guard, Stopped
 from trainer.runs.folder import RunFolder
 from trainer.runs.log import MetricsLog
+from trainer.runs.names import one_line
 from trainer.runs.profiling import profiled
+from trainer.runs.state import TrainState
 
 Metrics = dict[str, float]
+MODEL = {"sft": "sft", "rm": "rm", "ppo": "policy"}
+"""What a stage leaves in models/."""
 
 
 class Stage:
@@ -55,6 +61,10 @@ class Stage:
 def done(run: RunFolder, name: str, steps: int, resume: bool) -> bool:
     """Whether a run that goes on has this stage behind it."""
     if resume and finished(run, name, steps):
+        files.refuse_damage(
+            run.model(MODEL[name]),
+            f"put back a copy, or do stage {name} and what follows it again, without --resume",
+        )
         say(f"{name:<6} is done")
         return True
     return False
@@ -67,15 +77,39 @@ def train(config: Config, run: RunFolder, stage: Stage, resume: bool) -> None:
         MetricsLog(run, (stage.name, *stage.streams), state.step, config.trainer.log) as log,
         progress(stage.name, stage.steps, state.step, show) as show_figures,
     ):
-        stage.begin(log)
-        while state.step < stage.steps:
-            with profiled(config, run, stage.name, state.step + 1):
-                metrics = stage.step(state.step)
-            state.step += 1
-            metrics["guard/skipped"] = stage.guard.skipped
-            log.write(stage.name, state.step, metrics)
-            show_figures(stage.headline(metrics))
-            metrics |= stage.look(log)
-            checkpoints.after_step(log, metrics, stage.guard)
+        with blame_divergence(run, stage):
+            stage.begin(log)
+            while state.step < stage.steps:
+                with profiled(config, run, stage.name, state.step + 1):
+                    metrics = stage.step(state.step)
+                state.step += 1
+                metrics["guard/skipped"] = stage.guard.skipped
+                log.write(stage.name, state.step, metrics)
+                show_figures(stage.headline(metrics))
+                metrics |= stage.look(log)
+                checkpoints.after_step(log, metrics, stage.guard)
+        checkpoints.refuse_runaways()
         stage.save()
         checkpoints.end()
+
+
+@contextlib.contextmanager
+def blame_divergence(run: RunFolder, stage: Stage) -> Iterator[None]:
+    """Weights that have run away break something, somewhere else each time: an index, a sampler,
+    a comparison with the engine. Whatever it was, that they have is what there is to say."""
+    try:
+        yield
+    except (Stopped, Diverged):
+        raise
+    except Exception as error:
+        if not stage.state.ran_away():
+            raise
+        there = sorted(steps_in(run.checkpoints(stage.name)))
+        kept = (
+            f"the newest checkpoint is of step {there[-1]}" if there else "there is no checkpoint"
+        )
+        raise Diverged(
+            f"{stage.name}: step {stage.state.step + 1}: the weights have run away "
+            f"({one_line(f'{type(error).__name__}: {error}', 160)}); {kept}. Lower the learning "
+            "rate, and go on with --resume"
+        ) from error

@@ -8,11 +8,11 @@ models are freed: a second process would find the card full. Each is a whole run
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,8 +22,11 @@ from trainer import parallel
 from trainer.config import Config
 from trainer.models import sources
 from trainer.ppo import loop
+from trainer.runs import children, files
 from trainer.runs.console import say
+from trainer.runs.faults import RunError, Stopped, StopSignal
 from trainer.runs.folder import RunFolder
+from trainer.runs.names import one_line
 
 
 @contextmanager
@@ -53,18 +56,21 @@ def running(config: Config, run: RunFolder, resume: bool = False) -> Iterator[No
             torch.set_num_threads(threads)
         yield
         torch.set_num_threads(before)
-        while started or waiting:
-            if not started:
-                name = waiting.pop(0)
-                started[name] = _start(config, run, name, cores, resume)
-            for name, process in list(started.items()):
+        with StopSignal() as stop:
+            while started or waiting:
+                if not started:
+                    name = waiting.pop(0)
+                    started[name] = _start(config, run, name, cores, resume)
+                name, process = next(iter(started.items()))
                 say(f"ppo    waiting for baseline {name}")
-                _finish(run, name, process)
+                _finish(run, name, process, stop)
                 del started[name]
     finally:
         torch.set_num_threads(before)
         for process in started.values():
-            process.terminate()
+            process.terminate()  # each leaves a checkpoint, and we wait for it
+        for process in started.values():
+            process.wait()
 
 
 def beside() -> bool:
@@ -79,24 +85,36 @@ def _run_here(config: Config, run: RunFolder, name: str, resume: bool) -> None:
     inner, folder = _inner(config, run, name, config.run.threads), run.baseline(name)
     if parallel.is_main():
         folder.path.mkdir(parents=True, exist_ok=True)
-        folder.config.write_text(inner.to_yaml())
+        files.write(folder.config, inner.to_yaml())
+    parallel.barrier()
     loop.run(inner, folder, resume)
 
 
 def _start(
     config: Config, run: RunFolder, name: str, threads: int, resume: bool
 ) -> subprocess.Popen:
+    """As a command of its own, which checks, locks and writes its folder by itself."""
     folder = run.baseline(name)
     folder.path.mkdir(parents=True, exist_ok=True)
-    folder.config.write_text(_inner(config, run, name, threads).to_yaml())
+    asked = folder.path / "asked.yaml"
+    files.write(asked, _inner(config, run, name, threads).to_yaml())
     environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
-    flags = ["--resume"] if resume else []
-    with folder.log_file().open("a" if resume else "w") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "trainer", "ppo", str(folder.config), *flags],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
+    words = ["ppo", str(asked), *(["--resume"] if resume else [])]
+    return children.start(words, folder.log_file(), resume, environment)
+
+
+def _finish(run: RunFolder, name: str, process: subprocess.Popen, stop: StopSignal) -> None:
+    while process.poll() is None:
+        if stop.came:
+            raise Stopped(f"stopped by SIGTERM while baseline {name} ran. --resume goes on")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.2)
+    if process.returncode != 0:
+        log = run.baseline(name).log_file()
+        said = log.read_text(errors="replace").splitlines() or ["nothing was said"]
+        raise RunError(
+            f"baseline {name} failed with code {process.returncode}: {one_line(said[-1], 300)} "
+            f"({log})"
         )
 
 
@@ -116,12 +134,3 @@ def _inner(config: Config, run: RunFolder, name: str, threads: int) -> Config:
             reward=sources.reward_source(config, run) if config.reward.model_weight else "",
         ),
     )
-
-
-def _finish(run: RunFolder, name: str, process: subprocess.Popen) -> None:
-    if process.wait() != 0:
-        log = run.baseline(name).log_file()
-        tail = "\n".join(log.read_text().splitlines()[-5:])
-        raise RuntimeError(
-            f"baseline {name} failed with code {process.returncode} ({log}):\n{tail}"
-        )

@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shutil
 from dataclasses import dataclass
 
 import torch
@@ -47,14 +46,16 @@ from trainer.ppo.forward import answer_logprobs, check_engine
 from trainer.rewards.judge import make_judge
 from trainer.rollout.engine import Rollout
 from trainer.rollout.make import make_engine
+from trainer.runs import files
 from trainer.runs.averages import Averages, Timer
-from trainer.runs.checkpoint import TrainState, finished, mark_finished
+from trainer.runs.checkpoint import finished, mark_finished, unmark
 from trainer.runs.console import say
 from trainer.runs.faults import Guard
 from trainer.runs.folder import RunFolder
 from trainer.runs.log import MetricsLog
 from trainer.runs.loop import Metrics, Stage, train
 from trainer.runs.optim import Optimizer
+from trainer.runs.state import TrainState
 from trainer.stages import reward_model
 
 STAGE, ROUND = "metarm", "round"
@@ -68,6 +69,7 @@ def run(config: Config, run: RunFolder, resume: bool = False) -> None:
     while resume and done < rounds and finished(run.round(done + 1), ROUND, 1):
         done += 1
     if resume and done == rounds:
+        refuse_damage(run)
         say("metarm is done")
         return
     t = Setup.of(config, run)
@@ -80,6 +82,7 @@ def run(config: Config, run: RunFolder, resume: bool = False) -> None:
             now = sample_test(t, str(run.round(done).model("policy")))
         for n in range(done + 1, rounds + 1):
             before, after = run.round(n - 1), run.round(n)
+            refuse_damage(before)
             say(f"metarm round {n} of {rounds}: {config.metarm.variant}")
             if not (resume and finished(after, STAGE, config.metarm.steps)):
                 train(config, after, Round(t, n, before, after), resume)
@@ -261,28 +264,34 @@ def round_config(t: Setup, n: int) -> Config:
     )
     if parallel.is_main():
         after.path.mkdir(parents=True, exist_ok=True)
-        after.config.write_text(inner.to_yaml(), encoding="utf-8")
+        files.write(after.config, inner.to_yaml())
     return inner
 
 
 def keep_beginning(run: RunFolder) -> None:
     """What the rounds begin with, aside: models/ is about to have later ones."""
     if parallel.is_main() and not run.round(0).path.is_dir():
-        aside = run.round(0).path.with_name(".0")
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = files.aside_of(run.round(0).path)
         for name in ("rm", "policy"):
-            shutil.copytree(run.model(name), RunFolder(aside).model(name))
-        aside.rename(run.round(0).path)
+            files.copy(run.model(name), RunFolder(aside).model(name))
+        files.replace(aside, run.round(0).path)
     parallel.barrier()
 
 
 def undo(run: RunFolder) -> None:
-    """models/ as before the rounds, and no rounds: for a stage that is done again."""
-    if parallel.is_main() and run.round(0).path.is_dir():
+    """models/ as before the rounds, and no rounds: for a stage that is done again. On one rank.
+
+    Killed in it at any moment and called again, it comes to the same end. Marks go first, so that a
+    run which goes on instead does the rounds again; `rounds` is renamed before it is removed.
+    """
+    for path in run.rounds.glob("[0-9]*"):
+        for stage in (ROUND, STAGE, "ppo"):
+            unmark(RunFolder(path).checkpoints(stage))
+    if run.round(0).path.is_dir():
         deploy_here(run.round(0), run)
-        shutil.rmtree(run.round(0).path.parent)
+    if run.rounds.is_dir():
         MetricsLog(run, (STAGE,), 0, ()).close()
-    parallel.barrier()
+        files.remove(run.rounds)
 
 
 def deploy(made: RunFolder, run: RunFolder) -> None:
@@ -294,11 +303,14 @@ def deploy(made: RunFolder, run: RunFolder) -> None:
 
 def deploy_here(made: RunFolder, run: RunFolder) -> None:
     for name in ("rm", "policy"):
-        aside = run.model(f".{name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(made.model(name), aside)
-        shutil.rmtree(run.model(name), ignore_errors=True)
-        aside.rename(run.model(name))
+        files.copy(made.model(name), run.model(name))
+
+
+def refuse_damage(run: RunFolder) -> None:
+    for name in ("rm", "policy"):
+        files.refuse_damage(
+            run.model(name), "put back a copy, or do the rounds again: gi metarm, without --resume"
+        )
 
 
 @dataclass(frozen=True)
@@ -406,7 +418,7 @@ def compare(t: Setup, before: RunFolder, after: RunFolder, answers: Answers) -> 
             {"prompt": prompt.text, "response": text, "before": a, "after": b, "gold": g}
             for prompt, text, a, b, g in columns
         ]
-        after.answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        files.write(after.answers, "".join(json.dumps(line) + "\n" for line in lines))
     return figures_as("before", figures) | figures_as("after", figures_new)
 
 

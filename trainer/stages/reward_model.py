@@ -10,8 +10,6 @@ offset for each prompt, and groups of such scores are noise (METHODS A.2).
 
 from __future__ import annotations
 
-import json
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -29,14 +27,14 @@ from trainer.models.policy import Policy
 from trainer.models.reward import RewardModel
 from trainer.ppo.forward import check_engine
 from trainer.rollout.make import make_engine
+from trainer.runs import files
 from trainer.runs.averages import Averages, Timer
-from trainer.runs.checkpoint import TrainState
 from trainer.runs.console import say
 from trainer.runs.faults import Guard
 from trainer.runs.folder import RunFolder
-from trainer.runs.log import read_lines
 from trainer.runs.loop import Metrics, Stage, done, train
 from trainer.runs.optim import Optimizer
+from trainer.runs.state import TrainState
 from trainer.worlds import registry
 
 
@@ -111,19 +109,28 @@ def split_pairs(
     if not registry.is_world(config.data.pairs):
         pairs = load_pairs(config, tokenizer)
     elif not again and parallel.all_true(run.pairs.is_file()):
-        pairs = [Pair(**line) for line in read_lines(run.pairs)]
+        pairs = kept_pairs(run)
     else:
         policy = loading.load_policy(sources.policy_source(config, run), config)
         pairs = sampled_pairs(config, policy, tokenizer)
         if parallel.is_main():
-            aside = run.pairs.with_suffix(".tmp")
-            aside.write_text("".join(json.dumps(vars(pair)) + "\n" for pair in pairs))
-            aside.replace(run.pairs)
+            files.write_lines(run.pairs, [vars(pair) for pair in pairs])
+        parallel.barrier()
     check_columns(config.rm, pairs)
     seed = config.run.seed
     pairs = [pairs[i] for i in batch_indices(len(pairs), len(pairs), 0, seed, "validation")]
     held_out = int(len(pairs) * config.rm.validation)
     return pairs[held_out:], pairs[:held_out]
+
+
+def kept_pairs(run: RunFolder) -> list[Pair]:
+    lines = files.read_whole_lines(run.pairs)
+    if lines is None:
+        raise DataError(
+            f"{run.pairs}: is not what was written, and the reward model would train on other "
+            "pairs: put back a copy, or do stage rm and what follows it again, without --resume"
+        )
+    return [Pair(**line) for line in lines]
 
 
 def backward(
@@ -231,4 +238,10 @@ def sampled_pairs(config: Config, policy: Policy, tokenizer: PreTrainedTokenizer
                     rating_rejected=ratings[worst],
                 )
             )
+    if not pairs:
+        raise DataError(
+            f"data.pairs: {config.data.pairs}: the SFT model answers each of {len(prompts)} "
+            "prompts in one way only, which leaves no pair: raise rollout.temperature, or lower "
+            "sft.steps"
+        )
     return pairs

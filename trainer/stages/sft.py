@@ -10,11 +10,11 @@ from trainer.data.sources import load_demonstrations
 from trainer.models import loading
 from trainer.models.policy import log_probabilities
 from trainer.runs.averages import Averages, Timer
-from trainer.runs.checkpoint import TrainState
 from trainer.runs.faults import Guard
 from trainer.runs.folder import RunFolder
 from trainer.runs.loop import Metrics, Stage, done, train
 from trainer.runs.optim import Optimizer
+from trainer.runs.state import TrainState
 
 
 def run(config: Config, run: RunFolder, resume: bool = False) -> None:

@@ -362,3 +362,47 @@ def test_answers_end_in_eos_once():
     assert all(answer.index(EOS) == len(answer) - 1 for _, answer in demonstration)
     assert WORDS[EOS] == tokenizer.eos_token
     assert Pair(prompt_ids=[], chosen_ids=[], rejected_ids=[]).margin is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000, ":1: not JSON"),
+        (b'{"prompt": "a \\ud800 b"}\n', ":1: not text: half of a character"),
+        (b'{"chosen": "a", "rejected": "b", "prompt": "c", "margin": Infinity}', "margin: is inf"),
+        (b'{"chosen": "a", "rejected": "b", "prompt": "c", "margin": 1' + b"0" * 400 + b"}\n",
+         "want a number below 1e30"),
+    ],
+)  # fmt: skip
+def test_hostile_rows_are_one_line(tmp_path, content, message):
+    from trainer.config import load
+    from trainer.data.errors import DataError
+    from trainer.data.sources import load_pairs, load_prompts
+    from trainer.worlds.toy import World
+
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    config = load("toy", [f"data.prompts={path}", f"data.pairs={path}"])
+    tokenizer = World(config.toy).tokenizer()
+    with pytest.raises(DataError) as refused:
+        load_pairs(config, tokenizer) if b"chosen" in content else load_prompts(
+            config, "train", tokenizer
+        )
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_special_tokens_in_text_are_counted(tmp_path, caplog):
+    from trainer.config import load
+    from trainer.data.sources import load_demonstrations
+    from trainer.worlds.toy import World
+
+    path = tmp_path / "data.jsonl"
+    path.write_text(
+        '{"prompt": "copy a :", "response": "a"}\n{"prompt": "copy <eos> b :", "response": "b"}\n'
+        '{"prompt": "copy c :", "response": "c <eos> d"}\n'
+    )
+    config = load("toy", [f"data.demonstrations={path}"])
+    load_demonstrations(config, World(config.toy).tokenizer())
+    assert "1 of 3 prompts spell special tokens" in caplog.text
+    assert "1 of 3 answers spell special tokens" in caplog.text
+    assert "the first is <eos> in row 3" in caplog.text

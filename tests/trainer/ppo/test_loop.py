@@ -20,10 +20,11 @@ from trainer.ppo import build, draw, experience, loop
 from trainer.report.table import final_table
 from trainer.rollout.engine import LogprobMismatch
 from trainer.rollout.hf import HuggingFaceEngine
+from trainer.runs import children
 from trainer.runs.folder import RunFolder
 from trainer.runs.log import read_lines
 from trainer.runs.optim import Optimizer
-from trainer.stages import baselines, evaluate, policy
+from trainer.stages import evaluate, policy
 
 METRICS = {
     "objective/scores objective/rlhf_reward objective/kl objective/kl_coef objective/entropy",
@@ -447,9 +448,9 @@ def test_baselines_are_whole_runs_beside_the_main_one(fresh):
 
 def test_a_baseline_that_fails_is_told(fresh, monkeypatch):
     config, run = fresh("ppo.steps=1", "baselines={ppo: [groups.inference=none]}")
-    monkeypatch.setattr(baselines.sys, "executable", shutil.which("false"))
+    monkeypatch.setattr(children.sys, "executable", shutil.which("false"))
     monkeypatch.setattr(loop, "train", lambda *_: None)
-    with pytest.raises(RuntimeError, match=r"baseline ppo failed with code \d+ .*log.txt"):
+    with pytest.raises(RuntimeError, match=r"baseline ppo failed with code \d+: .*log.txt"):
         policy.run(config, run)
 
 

@@ -101,6 +101,53 @@ def test_running_std_is_that_of_all_scores_so_far():
     assert torch.equal(normalise(batches[2]), batches[2])
 
 
+@pytest.mark.parametrize("outlier", [1e20, -3e38, 1e6])
+@pytest.mark.parametrize("first", [False, True])
+def test_one_finite_outlier_does_not_silence_the_rest(outlier, first, capsys):
+    normalise, batches = Normaliser(tiny.config("unused")), torch.randn(200, 32) * 2
+    bad = batches[0 if first else 50]
+    bad[7] = outlier
+    for batch in batches:
+        normalise.observe(batch)
+    rest = batches[batches.abs() < 1e5]
+    assert float(normalise(rest).std()) == pytest.approx(1, rel=0.02)
+    assert float(normalise(bad)[7]) == (5 if outlier > 0 else -5)
+    assert f"1 of {32 if first else 51 * 32} scores" in capsys.readouterr().out
+    again = Normaliser(normalise.config)
+    again.load_state_dict(normalise.state_dict())
+    assert torch.equal(again.std, normalise.std)
+    far = normalise.bounded(torch.tensor([outlier, 0.5]))
+    assert float(far.abs().max()) < 50 and float(far[1]) == 0.5
+
+
+def test_constant_scores_and_then_an_outlier_are_not_for_good():
+    normalise = Normaliser(tiny.config("unused"))
+    normalise.observe(torch.zeros(64))
+    normalise.observe(torch.tensor([0.0, 1e20]))
+    for batch in torch.randn(100, 32):
+        normalise.observe(batch)
+    assert 0.9 < float(normalise.std) < 1.1
+
+
+@pytest.mark.parametrize("every", [2, 50, 5000])
+def test_rare_successes_count(every):
+    """1 now and then and else 0: the only scale there is."""
+    scores = torch.zeros(20_000)
+    scores[::every] = 1
+    normalise = Normaliser(tiny.config("unused"))
+    for batch in scores.split(100):
+        normalise.observe(batch)
+    assert float(normalise.std) == pytest.approx(float(scores.std()), rel=1e-5)
+
+
+def test_a_large_offset_costs_no_digits():
+    scores = torch.randn(10_000, dtype=torch.float64) + 1e6
+    normalise = Normaliser(tiny.config("unused"))
+    for batch in scores.split(100):
+        normalise.observe(batch)
+    assert float(normalise.std) == pytest.approx(float(scores.std()), rel=1e-6)
+
+
 def test_a_reward_model_with_its_own_tokens(base):
     """Translated through text: the same scores as when it reads the policy's ids."""
     config = tiny.config("unused")

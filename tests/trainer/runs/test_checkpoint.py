@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests.trainer import children, tiny
-from trainer.runs.checkpoint import CheckpointError, Checkpoints, TrainState, steps_in
-from trainer.runs.faults import Guard, Stopped
+from trainer.runs.checkpoint import CheckpointError, Checkpoints, steps_in
+from trainer.runs.faults import Diverged, Guard, Stopped
 from trainer.runs.folder import RunFolder
 from trainer.runs.log import MetricsLog, read_lines
 from trainer.runs.optim import Optimizer
+from trainer.runs.state import TrainState
 
 SMALL = [
     "toy.layers=1",
@@ -278,7 +279,7 @@ def test_saving_in_the_background_keeps_the_moment(tmp_path):
     assert again.holds() == {3.0}
 
 
-def test_what_has_diverged_is_not_kept(tmp_path, capsys):
+def test_what_has_diverged_is_not_kept(tmp_path):
     small = Small(tmp_path)
     log = MetricsLog(small.run, ("sft",), 0, ())
     with small.open(resume=False) as checkpoints:
@@ -287,8 +288,9 @@ def test_what_has_diverged_is_not_kept(tmp_path, capsys):
         small.state.step = 2
         with torch.no_grad():
             small.model.weight[3, 3] = torch.nan
-        checkpoints.after_step(log, {}, Guard(5))
-    assert steps(small) == [1] and "step 2 has diverged" in capsys.readouterr().out
+        with pytest.raises(Diverged, match=r"sft: step 2: the weights have run away; newest.* 1"):
+            checkpoints.after_step(log, {}, Guard(5))
+    assert steps(small) == [1]
 
 
 def test_global_random_numbers_go_on(tmp_path):

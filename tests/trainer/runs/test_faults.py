@@ -48,28 +48,44 @@ def test_an_update_that_is_not_finite_changes_nothing(loss, grad, capsys):
 class Broken:
     """Reward function: NaN for one answer at the steps that are asked for."""
 
-    def __init__(self, scorer, steps):
-        self.scorer, self.steps, self.step = scorer, steps, 0
+    def __init__(self, scorer, steps, value=torch.nan):
+        self.scorer, self.steps, self.step, self.value = scorer, steps, 0, value
 
     def __call__(self, prompts, sequences, truncated):
         out = self.scorer(prompts, sequences, truncated)
         self.step += 1
         if self.step in self.steps:
             out["total"] = out["total"].clone()
-            out["total"][3] = torch.nan
+            out["total"][3] = self.value
         return out
 
 
-def broken(monkeypatch, config, run, steps):
-    of = build.Setup.of
+def broken(monkeypatch, config, run, steps, *value):
+    of, made = build.Setup.of, []
 
     def with_broken_rewards(*arguments):
         t = of(*arguments)
-        t.signals.scorer = Broken(t.signals.scorer, steps)
+        t.signals.scorer = Broken(t.signals.scorer, steps, *value)
+        made.append(t)
         return t
 
     monkeypatch.setattr(build.Setup, "of", with_broken_rewards)
     loop.run(config, run)
+    return made[0]
+
+
+@pytest.mark.parametrize("performance", ["raw", "over_reference", "quantile"])
+def test_a_reward_of_1e20_is_one_bad_answer_and_no_more(fresh, monkeypatch, capsys, performance):
+    """Once it had made every later score exactly 0, without a word, and been kept for it."""
+    options = ["eval.every=0", "ppo.steps=4", f"groups.performance={performance}"]
+    config, run = fresh(*options)
+    t = broken(monkeypatch, config, run, {3}, 1e20)
+    assert 0.01 < float(t.signals.normaliser.std) < 100
+    lines = [line for line in read_lines(run.metrics) if line["stage"] == "ppo"]
+    assert all(abs(line["group/gap"]) < 50 for line in lines)
+    assert abs(lines[-1]["objective/rlhf_reward"]) > 1e-3
+    told = "left out of their scale" in capsys.readouterr().out
+    assert told == (performance == "raw")  # else it was a reference answer's
 
 
 def test_a_reward_that_is_not_finite_costs_its_step_alone(fresh, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.trainer import tiny
-from trainer.batch.sequences import micro_batches
+from trainer.batch.sequences import Sequences, micro_batches
 from trainer.batch.types import Pair
 from trainer.data.errors import DataError
 from trainer.models import loading
@@ -83,6 +83,15 @@ def test_pairs_of_the_toy_world_are_best_against_worst(base):
     assert 0 < len(pairs) <= config.rm.pairs
     assert all(p.rating_chosen > p.rating_rejected for p in pairs)
     assert all(p.margin == pytest.approx(p.rating_chosen - p.rating_rejected) for p in pairs)
+
+
+def test_answers_that_never_differ_leave_no_pair_and_one_line(base, monkeypatch):
+    config = tiny.config(base.path, "rm.pairs=8")
+    tokenizer = loading.load_tokenizer("toy", config)
+    policy = loading.load_policy(str(base.model("sft")), config)
+    monkeypatch.setattr(Sequences, "answers", lambda self: [[5]] * len(self.lengths))
+    with pytest.raises(DataError, match=r"answers each of \d+ prompts in one way only"):
+        reward_model.sampled_pairs(config, policy, tokenizer)
 
 
 def test_metrics_file_forgets_what_a_killed_run_wrote_too_early(tmp_path):
