@@ -14,14 +14,16 @@ from trainer.config.convert import Setting, fields_of, flat
 from trainer.config.document import as_yaml
 from trainer.config.fields import ConfigError, Section, did_you_mean, key
 from trainer.config.inputs import OPERATIONS, Columns, Data, Model, Toy
-from trainer.config.policy import Groups, Kl, Ppo, Reward, RewardFunction, Rollout
+from trainer.config.policy import Groups, Kl, Ppo, Rollout
 from trainer.config.reader import find, load, packaged
+from trainer.config.rewards import NAMED, Reward, RewardFunction
 from trainer.config.run import STAGES, Eval, Run, Trainer
 from trainer.config.schema import BASELINE_SECTIONS, Config, differences
 from trainer.config.stages import MetaRm, Rm, Sft
 
 __all__ = [
     "BASELINE_SECTIONS",
+    "NAMED",
     "OPERATIONS",
     "STAGES",
     "Columns",

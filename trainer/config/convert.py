@@ -12,10 +12,11 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 from trainer.config.fields import ConfigError, Section, choices, did_you_mean, require
 
 
-def build(section: type, data: Any, key: str, root: type) -> Any:
+def build(section: type[Section], data: Any, key: str, root: type) -> Any:
     """A section from plain data; `root` is where an unknown key is looked for elsewhere."""
     if not isinstance(data, dict):
         raise ConfigError(f"is {data!r}; want keys with values", key)
+    section = section.kind_of(data)
     known = {each.name: each for each in dataclasses.fields(section)}
     hints = get_type_hints(section)
     values = {}
@@ -29,8 +30,8 @@ def build(section: type, data: Any, key: str, root: type) -> Any:
         return section(**values)
     except ConfigError as error:
         # A section in a list (a reward function) knows its section and not its place.
-        at = key if "[" in key else error.key
-        raise ConfigError(error.problem, at) from None
+        own = error.key.removeprefix(section.at)
+        raise ConfigError(error.problem, key + own if "[" in key else error.key) from None
 
 
 def _convert(value: Any, kind: Any, key: str, root: type) -> Any:

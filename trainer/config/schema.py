@@ -14,7 +14,8 @@ from trainer.config.convert import build, fields_of, flat, plain
 from trainer.config.document import apply, dump, where_said
 from trainer.config.fields import ConfigError, Section, key, spelled
 from trainer.config.inputs import Data, Model, Toy
-from trainer.config.policy import Groups, Kl, Ppo, Reward, Rollout
+from trainer.config.policy import Groups, Kl, Ppo, Rollout
+from trainer.config.rewards import Reward
 from trainer.config.run import Eval, Run, Trainer
 from trainer.config.stages import MetaRm, Rm, Sft
 

@@ -51,10 +51,12 @@ def iteration(t: Setup, step: int) -> Metrics:
         engine.sync(policy, step)
     with timer("rollout"):  # y ~ pi
         answers = sample(t, chosen, step)
-    with timer("score"):  # reward model and functions
-        raw = signals.scorer(answers.prompts, answers.sequences, answers.rollout.truncated)
+    # Functions begin in threads, and go on while the models look.
+    asked = signals.scorer.submit(answers.prompts, answers.sequences, answers.rollout.truncated)
     with timer("forward"):  # log-probabilities, values, the head's logits
         seen = look(t.config, policy, actors.reference, actors.critic, answers.rollout, engine)
+    with timer("score"):  # reward model and functions
+        raw = signals.scorer.collect(asked)
     if not t.guard.allows("rollout", **{f"reward {k}": x for k, x in raw.items()}, **seen.finite):
         return {"objective/scores": mean(raw["total"])} | timer.metrics(answers.tokens)
 

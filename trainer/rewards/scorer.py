@@ -1,6 +1,13 @@
-"""What an answer scores: a reward model, Python functions, or a weighted sum of them."""
+"""What an answer scores: a reward model, Python functions, or a weighted sum of them.
+
+Functions work in threads, the reward model where the scores are asked for: what is done between
+`submit` and `collect` is done while remote scorers answer. When they do is no part of the result.
+"""
 
 from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,9 +15,24 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer import parallel
 from trainer.batch.sequences import Sequences, forward_all
+from trainer.batch.types import Prompt
 from trainer.config import Config
 from trainer.models.reward import RewardModel
+from trainer.rewards.errors import RewardError
 from trainer.rewards.functions import load_functions
+from trainer.runs.console import say
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """Answers whose scores are on their way."""
+
+    prompts: list[Prompt]
+    sequences: Sequences
+    truncated: Tensor  # (S) bool
+    mine: slice
+    """The answers that this rank judges: each is judged on one."""
+    parts: dict[str, Future[Tensor]]
 
 
 class Scorer:
@@ -28,36 +50,49 @@ class Scorer:
         same = model_tokenizer is None or model_tokenizer.get_vocab() == tokenizer.get_vocab()
         self.model_tokenizer = None if same else model_tokenizer
         self.functions = load_functions(config)
+        if self.functions:
+            names = ", ".join(function.describe() for function, _ in self.functions.values())
+            say(f"reward {names}")
+        self.pool = ThreadPoolExecutor(max(1, len(self.functions)), "reward")
 
-    def __call__(self, prompts: list, sequences: Sequences, truncated: Tensor) -> dict[str, Tensor]:
+    def __call__(
+        self, prompts: list[Prompt], sequences: Sequences, truncated: Tensor
+    ) -> dict[str, Tensor]:
         """{"total": (S), "model": (S), function's name: (S) ...}; prompts has one for each row."""
+        return self.collect(self.submit(prompts, sequences, truncated))
+
+    def submit(self, prompts: list[Prompt], sequences: Sequences, truncated: Tensor) -> Submitted:
+        mine = parallel.share(len(prompts))
+        parts: dict[str, Future[Tensor]] = {}
+        if self.functions:
+            rows = sequences.answers()[mine]
+            texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+            asked, meta = [p.text for p in prompts[mine]], [p.meta for p in prompts[mine]]
+            for name, (function, _) in self.functions.items():
+                parts[name] = self.pool.submit(function, asked, texts, meta)
+        return Submitted(prompts, sequences, truncated, mine, parts)
+
+    def collect(self, submitted: Submitted) -> dict[str, Tensor]:
+        sequences, truncated = submitted.sequences, submitted.truncated
         parts: dict[str, tuple[Tensor, float]] = {}
         weight = self.config.reward.model_weight
         if self.model is not None and weight:
-            read = (
-                sequences
-                if self.model_tokenizer is None
-                else self._retokenised(sequences, truncated)
-            )
-            with parallel.autocast(self.config.model.dtype):
-                (scores,) = forward_all(
-                    lambda batch: (self.model(batch),),
-                    read,
-                    self.config.trainer.tokens_per_microbatch,
-                )
-            parts["model"] = (scores, weight)
-        if self.functions:
-            texts = self.tokenizer.batch_decode(sequences.answers(), skip_special_tokens=True)
-            for name, (function, weight) in self.functions.items():
-                mine = parallel.share(len(texts))  # each answer is judged on one rank
-                some = prompts[mine]
-                scores = torch.zeros(len(texts))
-                scores[mine] = function([p.text for p in some], texts[mine], [p.meta for p in some])
-                parts[name] = (parallel.all_sum(scores.to(sequences.tokens.device)), weight)
+            parts["model"] = (self._by_model(self.model, sequences, truncated), weight)
+        for name, (_, weight) in self.functions.items():
+            scores = torch.zeros(len(submitted.prompts))
+            scores[submitted.mine] = _on_all_ranks(submitted.parts[name])
+            parts[name] = (parallel.all_sum(scores.to(sequences.tokens.device)), weight)
         total = -self.config.reward.truncated_penalty * truncated.float()
         for scores, weight in parts.values():
             total = total + weight * scores
         return {"total": total, **{name: scores for name, (scores, _) in parts.items()}}
+
+    def _by_model(self, model: RewardModel, sequences: Sequences, truncated: Tensor) -> Tensor:
+        if self.model_tokenizer is not None:
+            sequences = self._retokenised(sequences, truncated)
+        with parallel.autocast(self.config.model.dtype):
+            budget = self.config.trainer.tokens_per_microbatch
+            return forward_all(lambda batch: (model(batch),), sequences, budget)[0]
 
     def _retokenised(self, sequences: Sequences, truncated: Tensor) -> Sequences:
         """The same texts in the reward model's own tokens."""
@@ -65,6 +100,7 @@ class Scorer:
             row[:n] for row, n in zip(sequences.tokens.tolist(), sequences.prompt_lengths.tolist())
         ]
         theirs = self.model_tokenizer
+        assert theirs is not None
 
         def translate(rows: list[list[int]], **options) -> list[list[int]]:
             texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -78,3 +114,14 @@ class Scorer:
             )
         ]
         return Sequences.of(translate(prompts), answers, theirs.pad_token_id or 0)
+
+
+def _on_all_ranks(part: Future[Tensor]) -> Tensor:
+    """A function's scores; where it fails on one rank, all of them say so and end."""
+    error = part.exception()
+    wrong = [each for each in parallel.gather_objects(str(error) if error else None) if each]
+    if error:
+        raise error
+    if wrong:
+        raise RewardError(wrong[0])
+    return part.result()

@@ -9,7 +9,8 @@ import torch
 from tests.trainer import tiny
 from trainer.batch.sequences import Sequences
 from trainer.models import loading
-from trainer.rewards.functions import RewardError, check_functions
+from trainer.rewards.errors import RewardError
+from trainer.rewards.functions import check_functions
 from trainer.rewards.normaliser import Normaliser
 from trainer.rewards.scorer import Scorer
 
@@ -22,6 +23,8 @@ def one(prompts, answers, meta): return [1.0]
 def number(prompts, answers, meta): return 1.0
 def words(prompts, answers, meta): return ["good"] * len(answers)
 def nan(prompts, answers, meta): return [float("nan")] * len(answers)
+def leaves(prompts, answers, meta): import sys; sys.exit(3)
+def second(prompts, answers, meta): return [1 / (m["w"] - 2) for m in meta]
 constant = 3
 """
 
@@ -59,6 +62,10 @@ def test_several_functions_with_weights(rewards):
     "name, message",
     [
         ("raises", "my_rewards:raises raised ZeroDivisionError: division by zero"),
+        ("raises", "by zero; prompt 'prompt 1', answer ''"),
+        ("second", "by zero; prompt 'prompt 2', answer ''"),
+        ("leaves", "my_rewards:leaves raised SystemExit: 3; prompt 'prompt 1'"),
+        ("nan", "returned nan for 0; prompt 'prompt 1'"),
         ("one", r"returned shape \(1,\), want 2 numbers"),
         ("number", r"returned shape \(\), want 2 numbers"),
         ("words", "returned list, want 2 numbers"),
@@ -82,6 +89,19 @@ def test_bad_functions_are_one_clear_line(rewards, name, message):
 def test_unknown_module(rewards):
     with pytest.raises(RewardError, match="cannot import no_such_module:f: ModuleNotFoundError"):
         scorer("reward.functions=[{function: 'no_such_module:f'}]")
+
+
+def test_functions_work_while_something_else_is_done(rewards):
+    """What is done between submit and collect changes no score; a failure comes with collect."""
+    score = scorer("reward.functions=[{function: 'my_rewards:length'}]")
+    truncated = torch.tensor([False, False])
+    asked = score.submit(PROMPTS, SEQUENCES, truncated)
+    assert asked.parts["length"].result(5).tolist() == [2, 1]  # done, with nobody waiting
+    torch.manual_seed(3)
+    assert torch.equal(score.collect(asked)["total"], score(PROMPTS, SEQUENCES, truncated)["total"])
+    bad = scorer("reward.functions=[{function: 'my_rewards:leaves'}]")
+    with pytest.raises(RewardError, match="SystemExit: 3; prompt 'prompt 1', answer 'a b'"):
+        bad.collect(bad.submit(PROMPTS, SEQUENCES, truncated))
 
 
 def test_running_std_is_that_of_all_scores_so_far():
