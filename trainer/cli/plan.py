@@ -7,6 +7,7 @@ dry run puts up with what a network would have to bring; it says what it could n
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import socket
@@ -19,6 +20,7 @@ from urllib.parse import urlparse
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config import Config, ConfigError
+from trainer.config.data import KEYS
 from trainer.data.encode import check_tokenizer
 from trainer.data.errors import DataError
 from trainer.data.files import FILES
@@ -113,12 +115,16 @@ def _check_data(
     found: Checked,
     dry_run,
 ) -> None:
-    def rows_of(key: str, load) -> list:
+    if dry_run:  # it writes nothing
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache="none"))
+
+    def rows_of(key: str, load) -> Sequence[Any]:
         try:
             rows = load()
         except DataError as error:
             # Only what is not on this machine can be let pass.
-            if dry_run and "cannot be loaded" in str(error) and _is_name(getattr(config.data, key)):
+            names = [each.source for each in config.data.sources(key)]
+            if dry_run and "cannot be loaded" in str(error) and any(map(_is_name, names)):
                 found.notes.append(str(error))
                 return []
             raise
@@ -139,8 +145,8 @@ def _check_data(
             prompts = rows_of("prompts", lambda: load_prompts(config, "train", tokenizer))
             if config.groups.inference == "oracle" and any(p.domain is None for p in prompts):
                 raise DataError(
-                    f"data.prompts: {data.prompts}: groups.inference=oracle wants a domain for "
-                    f"each prompt, in column {data.columns.domain}"
+                    f"data.prompts: {_named(config, 'prompts')}: groups.inference=oracle wants a "
+                    f"domain for each prompt, in column {data.columns.domain}"
                 )
         if config.reward.functions:
             from trainer.rewards import functions
@@ -148,12 +154,12 @@ def _check_data(
             functions.check_functions(config, prompts)
 
 
-def _need_columns(config: Config, pairs: list) -> None:
+def _need_columns(config: Config, pairs: Sequence[Any]) -> None:
     if not pairs:
         return
     if config.rm.margin and any(pair.margin is None for pair in pairs):
         raise DataError(
-            f"data.pairs: {config.data.pairs}: rm.margin=true wants column "
+            f"data.pairs: {_named(config, 'pairs')}: rm.margin=true wants column "
             f"{config.data.columns.margin} in every row"
         )
     if config.rm.rating and any(
@@ -161,7 +167,7 @@ def _need_columns(config: Config, pairs: list) -> None:
     ):
         name = config.data.columns.rating
         raise DataError(
-            f"data.pairs: {config.data.pairs}: rm.rating > 0 wants columns {name}_chosen and "
+            f"data.pairs: {_named(config, 'pairs')}: rm.rating > 0 wants columns {name}_chosen and "
             f"{name}_rejected in every row"
         )
 
@@ -223,9 +229,9 @@ def _need_local_files(config: Config, stages: Sequence[str]) -> None:
         "eval": ("eval_prompts", "ood_prompts"),
     }
     for key in dict.fromkeys(key for stage in stages for key in keys[stage]):
-        source = getattr(config.data, key)
-        if source.endswith(FILES) and not Path(source).is_file():
-            raise DataError(f"data.{key}: {source}: no such file")
+        for source in (each.source for each in config.data.sources(key)):
+            if source.endswith(FILES) and not Path(source).is_file():
+                raise DataError(f"data.{key}: {source}: no such file")
 
 
 # Names on the hub.
@@ -245,17 +251,9 @@ def _is_path(source: str) -> bool:
 
 
 def _remote(config: Config, stages: Sequence[str]) -> bool:
-    data, model = config.data, config.model
-    sources = [
-        model.policy,
-        model.reference,
-        model.reward,
-        data.demonstrations,
-        data.prompts,
-        data.pairs,
-    ]
-    sources += [data.eval_prompts, data.ood_prompts]
-    return any(_is_name(source) for source in sources)
+    model, sources = config.model, [each for key in KEYS for each in config.data.sources(key)]
+    names = [model.policy, model.reference, model.reward, *(each.source for each in sources)]
+    return any(_is_name(name) for name in names)
 
 
 def _hub_reachable() -> bool:
@@ -437,7 +435,7 @@ def describe(config: Config, stages: Sequence[str], found: Checked) -> str:
     if found.rows:
         lines += ["", "data"]
         lines += [
-            f"  {key:<15} {getattr(config.data, key)}: {count}" for key, count in found.rows.items()
+            f"  {key:<15} {_named(config, key)}: {count}" for key, count in found.rows.items()
         ]
     trained = [stage for stage in stages if stage in ("sft", "rm", "ppo", "metarm")]
     if policy and reward and trained:
@@ -496,7 +494,14 @@ def _memory_table(config: Config, stages, policy: Shape, reward: Shape, ranks: i
     return [*lines, f"  {'sum':<30}{totals}"]
 
 
-def _count(rows: list) -> str:
+def _named(config: Config, key: str) -> str:
+    sources = config.data.sources(key)
+    if len(sources) == 1:
+        return sources[0].source
+    return ", ".join(f"{each.source} (weight {each.weight:g})" for each in sources)
+
+
+def _count(rows: Sequence[Any]) -> str:
     """How many rows, and their tokens."""
 
     def tokens(row) -> int:

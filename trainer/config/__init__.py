@@ -11,9 +11,10 @@ types and values that make no sense raise a ConfigError of one line, which names
 from __future__ import annotations
 
 from trainer.config.convert import Setting, fields_of, flat
+from trainer.config.data import Columns, Data, Source, Sources
 from trainer.config.document import as_yaml
 from trainer.config.fields import ConfigError, Section, did_you_mean, key
-from trainer.config.inputs import OPERATIONS, Columns, Data, Model, Toy
+from trainer.config.inputs import OPERATIONS, Model, Toy
 from trainer.config.policy import Groups, Kl, Ppo, Rollout
 from trainer.config.reader import find, load, packaged
 from trainer.config.rewards import NAMED, Reward, RewardFunction
@@ -44,6 +45,8 @@ __all__ = [
     "Section",
     "Setting",
     "Sft",
+    "Source",
+    "Sources",
     "Toy",
     "Trainer",
     "as_yaml",

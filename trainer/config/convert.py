@@ -37,6 +37,8 @@ def build(section: type[Section], data: Any, key: str, root: type) -> Any:
 def _convert(value: Any, kind: Any, key: str, root: type) -> Any:
     """`value` as the type `kind`, or an error that names key, value and want."""
     origin, inner = get_origin(kind), get_args(kind)
+    if origin is types.UnionType:  # the arm that the value is of: text or a list, text or a number
+        return _convert(value, _arm(value, inner), key, root)
     if dataclasses.is_dataclass(kind):
         return build(kind, value, key, root)  # type: ignore[arg-type]
     if origin is Literal:
@@ -63,6 +65,14 @@ def _convert(value: Any, kind: Any, key: str, root: type) -> Any:
     require(right, key, value, _name(kind))
     require(kind is not float or math.isfinite(value), key, value, "a finite number")
     return value
+
+
+def _arm(value: Any, kinds: tuple[Any, ...]) -> Any:
+    """The type among `kinds` that fits a value best; the first where none does."""
+    as_list = next((kind for kind in kinds if get_origin(kind) is tuple), None)
+    if as_list is not None and isinstance(value, list):
+        return as_list
+    return next((kind for kind in kinds if type(value) is kind), kinds[0])
 
 
 def _name(kind: Any) -> str:

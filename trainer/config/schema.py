@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.convert import build, fields_of, flat, plain
+from trainer.config.data import Data
 from trainer.config.document import apply, dump, where_said
 from trainer.config.fields import ConfigError, Section, key, spelled
-from trainer.config.inputs import Data, Model, Toy
+from trainer.config.inputs import Model, Toy
 from trainer.config.policy import Groups, Kl, Ppo, Rollout
 from trainer.config.rewards import Reward
 from trainer.config.run import Eval, Run, Trainer

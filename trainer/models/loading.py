@@ -22,6 +22,7 @@ from transformers import (
 
 from trainer import parallel
 from trainer.config import Config, ConfigError
+from trainer.data.encode import ready
 from trainer.models.critic import Critic
 from trainer.models.packing import kernel, use_packed
 from trainer.models.policy import Policy
@@ -55,8 +56,8 @@ def load_tokenizer(source: str, config: Config) -> PreTrainedTokenizerBase:
     if registry.is_world(source):
         return registry.world(source, config).tokenizer()
     with quietly():
-        return AutoTokenizer.from_pretrained(
-            source, trust_remote_code=config.model.trust_remote_code
+        return ready(
+            AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
         )
 
 

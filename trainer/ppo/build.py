@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -82,7 +83,7 @@ class Signals:
 class Setup:
     config: Config
     tokenizer: PreTrainedTokenizerBase
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
     actors: Actors
     signals: Signals
     evaluator: Evaluator

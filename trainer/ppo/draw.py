@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from trainer import parallel
-from trainer.batch.order import batch_indices
+from trainer.batch.order import batch_of
 from trainer.batch.sequences import Sequences
 from trainer.batch.types import Prompt
 from trainer.ppo.build import Setup
@@ -49,9 +49,9 @@ def draw(t: Setup, step: int) -> list[int]:
     """Places of this step's prompts: the next ones, or those of a pool that the groups ask for."""
     ppo, seed = t.config.ppo, t.config.run.seed
     if not focused(t, step):
-        return batch_indices(len(t.prompts), ppo.prompts_per_step, step, seed, "ppo")
+        return batch_of(t.prompts, ppo.prompts_per_step, step, seed, "ppo")
     size = ppo.prompts_per_step * t.config.groups.pool
-    pool = batch_indices(len(t.prompts), size, step, seed, "ppo")
+    pool = batch_of(t.prompts, size, step, seed, "ppo")
     prompts = [t.prompts[i] for i in pool]
     logits = None
     if t.signals.groups.has_head:  # it reads the prompt's last token; what follows does not matter

@@ -36,8 +36,8 @@ class Evaluator:
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.engine, self.scorer, self.reference = engine, scorer, reference
-        self.prompts = load_prompts(config, "eval", tokenizer) if config.data.eval_prompts else []
-        self.ood = load_prompts(config, "ood", tokenizer) if config.data.ood_prompts else []
+        self.prompts = list(load_prompts(config, "eval", tokenizer))
+        self.ood = list(load_prompts(config, "ood", tokenizer))
         self.judge = make_judge(config, config.data.eval_prompts)
         self.ood_judge = make_judge(config, config.data.ood_prompts)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ class ReferenceScores:
         engine: Engine,
         reference: Policy,
         scorer: Scorer,
-        every: list[Prompt],
+        every: Sequence[Prompt],
         chosen: list[int],
         step: int,
     ) -> None:

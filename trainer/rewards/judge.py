@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trainer.batch.sequences import Sequences
 from trainer.batch.types import Prompt
-from trainer.config import Config
+from trainer.config import Config, Sources
 from trainer.worlds import registry
 from trainer.worlds.world import World
 
@@ -21,6 +21,6 @@ class Judge:
         return torch.tensor(gold, device=sequences.tokens.device)
 
 
-def make_judge(config: Config, source: str) -> Judge | None:
+def make_judge(config: Config, source: Sources) -> Judge | None:
     """Of prompts from this source, where it is a world."""
     return Judge(registry.world(source, config)) if registry.is_world(source) else None

@@ -6,6 +6,7 @@ Functions work in threads, the reward model where the scores are asked for: what
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -77,7 +78,7 @@ class Scorer:
         parts: dict[str, tuple[Tensor, float]] = {}
         weight = self.config.reward.model_weight
         if self.model is not None and weight:
-            parts["model"] = (self._by_model(self.model, sequences, truncated), weight)
+            parts["model"] = (self._by_model(self.model, submitted), weight)
         for name, (_, weight) in self.functions.items():
             scores = torch.zeros(len(submitted.prompts))
             scores[submitted.mine] = _on_all_ranks(submitted.parts[name])
@@ -87,33 +88,56 @@ class Scorer:
             total = total + weight * scores
         return {"total": total, **{name: scores for name, (scores, _) in parts.items()}}
 
-    def _by_model(self, model: RewardModel, sequences: Sequences, truncated: Tensor) -> Tensor:
+    def _by_model(self, model: RewardModel, submitted: Submitted) -> Tensor:
+        sequences = submitted.sequences
         if self.model_tokenizer is not None:
-            sequences = self._retokenised(sequences, truncated)
+            sequences = self._retokenised(submitted.prompts, sequences, submitted.truncated)
         with parallel.autocast(self.config.model.dtype):
             budget = self.config.trainer.tokens_per_microbatch
             return forward_all(lambda batch: (model(batch),), sequences, budget)[0]
 
-    def _retokenised(self, sequences: Sequences, truncated: Tensor) -> Sequences:
-        """The same texts in the reward model's own tokens."""
-        prompts = [
-            row[:n] for row, n in zip(sequences.tokens.tolist(), sequences.prompt_lengths.tolist())
-        ]
+    def _retokenised(
+        self, prompts: list[Prompt], sequences: Sequences, truncated: Tensor
+    ) -> Sequences:
+        """The same answers in the reward model's own tokens: to messages rendered by its own
+        template where it has one, else to the prompts' texts."""
         theirs = self.model_tokenizer
         assert theirs is not None
-
-        def translate(rows: list[list[int]], **options) -> list[list[int]]:
-            texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-            return theirs(texts, **options)["input_ids"]
-
-        eos = [theirs.eos_token_id] if theirs.eos_token_id is not None else []
-        answers = [
-            ids + (eos if ended else [])
-            for ids, ended in zip(
-                translate(sequences.answers(), add_special_tokens=False), (~truncated).tolist()
-            )
+        answers = self.tokenizer.batch_decode(sequences.answers(), skip_special_tokens=True)
+        asked = [
+            row[:n] for row, n in zip(sequences.tokens.tolist(), sequences.prompt_lengths.tolist())
         ]
-        return Sequences.of(translate(prompts), answers, theirs.pad_token_id or 0)
+        texts = self.tokenizer.batch_decode(asked, skip_special_tokens=True)
+        ends = [theirs.eos_token_id] if theirs.eos_token_id is not None else []
+        rows = [
+            _in_their_words(theirs, prompt, text, answer, [] if cut else ends, cut)
+            for prompt, text, answer, cut in zip(prompts, texts, answers, truncated.tolist())
+        ]
+        prompt_ids, answer_ids = zip(*rows)
+        return Sequences.of(list(prompt_ids), list(answer_ids), theirs.pad_token_id or 0)
+
+
+def _in_their_words(
+    theirs: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    text: str,
+    answer: str,
+    ends: list[int],
+    truncated: bool,
+) -> tuple[list[int], list[int]]:
+    """Token ids of prompt and answer."""
+
+    def ids(text: str, special: bool = False) -> list[int]:
+        return theirs(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+    if prompt.messages is None or not getattr(theirs, "chat_template", None):
+        return ids(text, special=True), ids(answer) + ends
+    render = functools.partial(theirs.apply_chat_template, tokenize=False)
+    before = render(prompt.messages, add_generation_prompt=True)
+    whole = render([*prompt.messages, {"role": "assistant", "content": answer}])
+    # How a turn ends is for the template to say; one that was cut has not ended.
+    told = whole[len(before) :] if whole.startswith(before) and not truncated else None
+    return ids(before), ids(answer) + ends if told is None else ids(told)
 
 
 def _on_all_ranks(part: Future[Tensor]) -> Tensor:

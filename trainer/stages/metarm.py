@@ -25,6 +25,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 
 import gikernels
 from trainer import parallel
-from trainer.batch.order import batch_indices
+from trainer.batch.order import batch_indices, batch_of
 from trainer.batch.sequences import Sequences, pieces
 from trainer.batch.types import Pair, Prompt
 from trainer.config import Config
@@ -123,7 +124,7 @@ class Round(Stage):
         settings, seed = t.config.metarm, t.config.run.seed
         with timer("data"):
             size = t.config.rm.batch
-            indices = batch_indices(len(t.pairs), size, step, seed, "metarm", self.n)
+            indices = batch_of(t.pairs, size, step, seed, "metarm", self.n)
             pairs = [t.pairs[i] for i in indices]
             both = reward_model.both_answers(pairs, t.tokenizer.pad_token_id)
             prompts = batch_indices(
@@ -151,7 +152,7 @@ class Round(Stage):
 def meta_step(
     config: Config,
     model: RewardModel,
-    pairs: list[Pair],
+    pairs: Sequence[Pair],
     both: Sequences,  # their answers, as `reward.both_answers` puts them
     meta: Sequences,  # (P k) answers of the policy, those to a prompt side by side
     averages: Averages,
@@ -201,9 +202,9 @@ class Setup:
     run: RunFolder
     sft: str  # what the KL penalty holds on to
     tokenizer: PreTrainedTokenizerBase
-    pairs: list[Pair]
-    held_out: list[Pair]
-    meta_prompts: list[Prompt]  # answered for training
+    pairs: Sequence[Pair]
+    held_out: Sequence[Pair]
+    meta_prompts: Sequence[Prompt]  # answered for training
     test_prompts: list[Prompt]  # answered for measuring
 
     @staticmethod

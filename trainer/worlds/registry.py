@@ -6,6 +6,7 @@ A new world is one file beside this one, a section of the configuration, and a l
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 from trainer.config import Config
 from trainer.worlds import toy
@@ -14,8 +15,9 @@ from trainer.worlds.world import World
 WORLDS: dict[str, Callable[[Config], World]] = {"toy": lambda config: toy.World(config.toy)}
 
 
-def is_world(name: str) -> bool:
-    return name in WORLDS
+def is_world(name: object) -> TypeGuard[str]:
+    """Several sources are never one: a world stands alone."""
+    return isinstance(name, str) and name in WORLDS
 
 
 def world(name: str, config: Config) -> World:

@@ -1,13 +1,13 @@
 """Rewards: functions and what they may do wrong, several with weights, running normalisation."""
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.trainer import tiny
 from trainer.batch.sequences import Sequences
+from trainer.batch.types import Prompt
 from trainer.models import loading
 from trainer.rewards.errors import RewardError
 from trainer.rewards.functions import check_functions
@@ -37,7 +37,7 @@ def rewards(tmp_path, monkeypatch):
     sys.modules.pop("my_rewards", None)
 
 
-PROMPTS = [SimpleNamespace(text=f"prompt {i}", meta={"w": i}, ids=[5], domain=None) for i in (1, 2)]
+PROMPTS = [Prompt(text=f"prompt {i}", meta={"w": i}, ids=[5]) for i in (1, 2)]
 SEQUENCES = Sequences.of([[5, 6, 11, 12, 3]] * 2, [[11, 12, 1], [12, 1]], 0)
 
 
@@ -134,3 +134,29 @@ def test_a_reward_model_with_its_own_tokens(base):
     through_text.model_tokenizer = own  # as if its vocabulary were another
     got = through_text(PROMPTS, SEQUENCES, truncated)["total"]
     torch.testing.assert_close(got, want)
+
+
+TEMPLATE = (
+    "{% for m in messages %}copy {{ m.content }} {% if m.role == 'assistant' %}! {% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}copy {% endif %}"
+)
+
+
+def test_a_reward_model_of_another_family_reads_messages_in_its_own_template(base):
+    """Not what is left of the policy's template; how a turn ends is the reward model's to say."""
+    config = tiny.config("unused")
+    tokenizer = loading.load_tokenizer("toy", config)
+    reward, own = loading.load_scoring_model(config, base)
+    own.chat_template = TEMPLATE
+    score = Scorer(config, tokenizer, reward, own)
+    score.model_tokenizer = own  # as if its vocabulary were another
+    messages = [{"role": "user", "content": "a b"}]
+    prompts = [Prompt(text="<mess>", ids=[5], messages=messages), PROMPTS[1]]
+    submitted = score.submit(prompts, SEQUENCES, torch.tensor([False, False]))
+    read = score._retokenised(prompts, SEQUENCES, submitted.truncated)
+    texts = own.batch_decode([row[:n] for row, n in zip(read.tokens, read.lengths)])
+    assert texts == ["copy a b copy a b !", "copy reverse a b : b <eos>"]
+    assert own.decode(read.tokens[0, : read.prompt_lengths[0]]) == "copy a b copy"
+    cut = score._retokenised(prompts, SEQUENCES, torch.tensor([True, True]))
+    texts = own.batch_decode([row[:n] for row, n in zip(cut.tokens, cut.lengths)])
+    assert texts == ["copy a b copy a b", "copy reverse a b : b"]
