@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup test test-vllm lint types unit train bench evidence format clean
+.PHONY: setup test test-vllm lint types unit train reasoning bench evidence format clean
 
 setup: $(VENV)/.ready
 
@@ -49,6 +49,18 @@ train: $(VENV)/.trainer
 $(VENV)/.trainer: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -e $(VENV)/.ready || $(BIN)/python -m pip install -q -c constraints.txt -e '.[trainer]'
+	touch $@
+
+# Problems with exact answers: a model from scratch, SFT, then PPO by the verifier.
+# REASONING=reasoning_quick for the path alone. reasoning-gym builds one C module (pycosat), so pip
+# wants a compiler and Python's headers.
+REASONING ?= reasoning
+
+reasoning: $(VENV)/.reasoning
+	$(BIN)/gi train $(REASONING)
+
+$(VENV)/.reasoning: $(VENV)/.trainer
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[reasoning]'
 	touch $@
 
 # Correctness first, then the table, into bench/results. ARGS='--quick --only logprobs' and others:

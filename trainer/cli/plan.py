@@ -135,6 +135,8 @@ def _check_data(
     data = config.data
     if "sft" in stages:
         rows_of("demonstrations", lambda: load_demonstrations(config, tokenizer))
+    if {"rm", "metarm"} & set(stages) and registry.is_text_world(data.pairs):
+        raise DataError(f"data.pairs: {data.pairs}: this world has no annotators; want other pairs")
     if {"rm", "metarm"} & set(stages) and not registry.is_world(data.pairs):
         pairs = rows_of("pairs", lambda: load_pairs(config, tokenizer))
         _need_columns(config, pairs)
@@ -273,7 +275,7 @@ def _hub_reachable() -> bool:
 
 def _shape(key: str, source: str, config: Config, found: Checked, dry_run: bool) -> Shape | None:
     if registry.is_world(source):
-        return shape_of(registry.world(source, config).model_config(), source)
+        return shape_of(registry.base(source, config).model_config(), source)
     if _is_path(source) and not Path(source).exists():
         raise ConfigError("no such file or folder", key, source)
     from transformers import AutoConfig

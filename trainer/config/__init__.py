@@ -17,6 +17,7 @@ from trainer.config.fields import ConfigError, Section, did_you_mean, key
 from trainer.config.inputs import OPERATIONS, Model, Toy
 from trainer.config.policy import Groups, Kl, Ppo, Rollout
 from trainer.config.reader import find, load, packaged
+from trainer.config.reasoning import Reasoning
 from trainer.config.rewards import NAMED, Reward, RewardFunction
 from trainer.config.run import STAGES, Eval, Run, Trainer
 from trainer.config.schema import BASELINE_SECTIONS, Config, differences
@@ -37,6 +38,7 @@ __all__ = [
     "MetaRm",
     "Model",
     "Ppo",
+    "Reasoning",
     "Reward",
     "RewardFunction",
     "Rm",

@@ -12,9 +12,9 @@ from typing import Literal
 
 from trainer.config.fields import Section, among, filled, key, require
 
-SOURCE = "a path, a name, or toy"
+SOURCE = "a path, a name, toy, or reasoning"
 COLUMN = "a column's name"
-WORLDS = ("toy",)
+WORLDS = ("toy", "reasoning")
 """Built-in worlds: one stands alone, for it brings its own prompts and judge."""
 KEYS = ("demonstrations", "prompts", "pairs", "eval_prompts", "ood_prompts")
 
@@ -89,8 +89,9 @@ Sources = str | tuple[Source, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Section, at="data"):
-    """Sources: toy, a .jsonl / .jsonl.gz / .parquet file, or a `datasets` name or folder, written
-    name, name:split, name#configuration:split; or a list of {source, weight, domain, columns}."""
+    """Sources: toy, reasoning, a .jsonl / .jsonl.gz / .parquet file, or a `datasets` name or
+    folder, written name, name:split, name#configuration:split; or a list of {source, weight,
+    domain, columns}."""
 
     demonstrations: Sources = key(
         "toy", "Prompts with answers, for stage sft.", filled(SOURCE), basic=True

@@ -17,8 +17,8 @@ SHARE = "a share, 0 to 1"
 class Model(Section, at="model"):
     policy: str = key(
         "toy",
-        "Where the policy starts: a path, a Hugging Face name, or toy (built from the section "
-        "toy).",
+        "Where the policy starts: a path, a Hugging Face name, or a world, toy or reasoning "
+        "(built from its section).",
         filled(SOURCE),
         basic=True,
     )

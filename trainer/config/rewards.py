@@ -26,7 +26,7 @@ class RewardFunction(Section, at="reward.functions"):
     function: str = key(
         "",
         "package.module:function, or the name of a built-in one: choice, contains, http, judge, "
-        "length, math, regex.",
+        "length, math, regex, verifier.",
         basic=True,
     )
     weight: float = key(1.0, "Its weight in the sum.", basic=True)
@@ -199,6 +199,11 @@ class JudgeReward(Remote):
         self.require(self.lowest < self.highest, "highest", f"more than lowest ({self.lowest:g})")
 
 
+@dataclass(frozen=True, kw_only=True)
+class VerifierReward(RewardFunction):
+    """What the exact check of the reasoning world says, 0 to 1."""
+
+
 NAMED: dict[str, type[RewardFunction]] = {
     "choice": ChoiceReward,
     "contains": ContainsReward,
@@ -207,6 +212,7 @@ NAMED: dict[str, type[RewardFunction]] = {
     "length": LengthReward,
     "math": MathReward,
     "regex": RegexReward,
+    "verifier": VerifierReward,
 }
 
 

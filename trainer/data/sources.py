@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SOURCES = {"train": "prompts", "eval": "eval_prompts", "ood": "ood_prompts"}
+SPLITS = {**{key: split for split, key in SOURCES.items()}, "demonstrations": "demonstrations"}
 # Settings that rows depend on, beside their source.
 WORD_FOR_WORD = (
     *("columns", "max_prompt_tokens", "max_answer_tokens", "too_long", "parse_dialogues"),
@@ -53,7 +54,7 @@ def load_prompts(
     limit = config.data.limit if split == "train" else config.data.eval_limit
     if source == "":
         return []
-    if isinstance(source, str) and registry.is_world(source):
+    if registry.has_ids(source):
         world = _world(source, config, key, tokenizer)
         n = world.size(split, config.eval.samples_per_domain)
         return world.prompts(min(n, limit or n), split)
@@ -64,7 +65,7 @@ def load_demonstrations(
     config: Config, tokenizer: PreTrainedTokenizerBase
 ) -> Sequence[rows.Demonstration]:
     key, source = "demonstrations", config.data.demonstrations
-    if isinstance(source, str) and registry.is_world(source):
+    if registry.has_ids(source):
         world = _world(source, config, key, tokenizer)
         n = world.size("demonstrations", 0)
         return world.demonstrations(min(n, config.data.limit or n))
@@ -73,7 +74,7 @@ def load_demonstrations(
 
 def load_pairs(config: Config, tokenizer: PreTrainedTokenizerBase) -> Sequence[Pair]:
     source = config.data.pairs
-    if isinstance(source, str) and registry.is_world(source):
+    if registry.is_world(source):
         raise ValueError(f"the pairs of world {source} are sampled from the SFT model, in stage rm")
     return _rows(config, tokenizer, "pairs", config.data.limit, rows.PAIRS, _pairs)
 
@@ -104,7 +105,13 @@ def _rows(
             settings = {k: str(v) for k, v in vars(config.data).items() if k in WORD_FOR_WORD}
             alone = isinstance(getattr(config.data, key), str)
             name = cache.key(
-                kind.name, state(source.source, key), vars(source), alone, limit, settings, words
+                kind.name,
+                _state(config, source.source, key),
+                vars(source),
+                alone,
+                limit,
+                settings,
+                words,
             )
         loaded = cache.cached(folder, name, table)
         _say_what_is_left_out(rows.counts(loaded), key, source.source)
@@ -117,7 +124,7 @@ def _prompts(
 ) -> Made:
     data, columns = config.data, config.data.columns_of(source)
     several = not isinstance(getattr(data, key), str)
-    read = list(read_rows(source.source, key, limit))
+    read = _read(config, source.source, key, limit)
     parts = [prompt_of(row, columns, where) for where, row in read]
     prompts = []
     for (where, row), encoded in zip(read, encode_prompts(parts, read, config, tokenizer)):
@@ -142,7 +149,7 @@ def _demonstrations(
     config: Config, tokenizer: PreTrainedTokenizerBase, source: Source, key: str, limit: int
 ) -> Made:
     columns = config.data.columns_of(source)
-    read = list(read_rows(source.source, key, limit))
+    read = _read(config, source.source, key, limit)
     parts = [demonstration_of(row, columns, where) for where, row in read]
     prompts = encode_prompts([prompt for prompt, _ in parts], read, config, tokenizer)
     answers = encode_answers([answer for _, answer in parts], config, tokenizer)
@@ -160,7 +167,7 @@ def _pairs(
     config: Config, tokenizer: PreTrainedTokenizerBase, source: Source, key: str, limit: int
 ) -> Made:
     columns = config.data.columns_of(source)
-    read = list(read_rows(source.source, key, limit))
+    read = _read(config, source.source, key, limit)
     parts = [pair_of(row, columns, where) for where, row in read]
     prompts = encode_prompts([prompt for prompt, _, _ in parts], read, config, tokenizer)
     chosen = encode_answers([better for _, better, _ in parts], config, tokenizer)
@@ -185,6 +192,23 @@ def _pairs(
                 )
             )
     return pairs, len(read) - same, same
+
+
+def _read(config: Config, source: str, key: str, limit: int) -> list[tuple[str, dict[str, Any]]]:
+    if not registry.is_text_world(source):
+        return list(read_rows(source, key, limit))
+    world, split = registry.text_world(source, config), SPLITS[key]
+    n = world.size(split, config.eval.samples_per_domain)
+    rows = world.rows(split, min(n, limit or n))
+    return [(f"{source}: row {i}", row) for i, row in enumerate(rows)]
+
+
+def _state(config: Config, source: str, key: str) -> list[Any]:
+    """What changes when the rows of a source do."""
+    if registry.is_text_world(source):
+        world = registry.text_world(source, config)
+        return [*world.identity(), world.size(SPLITS[key], config.eval.samples_per_domain)]
+    return state(source, key)
 
 
 def _say_what_is_left_out(counts: dict[str, int], key: str, source: str) -> None:

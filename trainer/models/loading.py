@@ -54,7 +54,7 @@ def gather(policy: Policy, dtype: torch.dtype, into: Policy | None) -> Policy:
 
 def load_tokenizer(source: str, config: Config) -> PreTrainedTokenizerBase:
     if registry.is_world(source):
-        return registry.world(source, config).tokenizer()
+        return registry.base(source, config).tokenizer()
     with quietly():
         return ready(
             AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
@@ -68,7 +68,7 @@ def load_policy(source: str, config: Config, offload: bool = False) -> Policy:
 
 def _policy(source: str, config: Config) -> Policy:
     if registry.is_world(source):
-        return Policy(registry.world(source, config).model(config.run.seed))
+        return Policy(registry.base(source, config).model(config.run.seed))
     return Policy(_load(AutoModelForCausalLM, source, config))
 
 

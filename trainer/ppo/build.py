@@ -102,7 +102,7 @@ class Setup:
             normaliser=Normaliser(config),
             groups=groups,
             reference_scores=ReferenceScores(config, len(prompts)),
-            judge=make_judge(config, config.data.prompts),
+            judge=make_judge(config, config.data.prompts, tokenizer),
         )
         return Setup(
             config=config,

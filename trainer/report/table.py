@@ -1,4 +1,4 @@
-"""The table at the end of a run: gold, proxy and KL of each model, by domain."""
+"""The table at the end of a run: what each model gets right, gold, proxy and KL, by domain."""
 
 from __future__ import annotations
 
@@ -37,6 +37,14 @@ def final_table(runs: Mapping[str, RunFolder]) -> Table | None:
         if name.startswith("domain/") and name.endswith("/score")
     ]
     rows: list[tuple[str, str, bool]] = []  # title, metric, over the run
+    shares = [name for name in next(iter(columns.values()))[0] if name.startswith("eval/pass@")]
+    for share in (name.removeprefix("eval/") for name in shares if name[-1].isdigit()):
+        for domain in domains:
+            rows.append((f"{share:<7} {domain}", f"domain/{domain}/{share}", False))
+        rows.append((f"{share:<7} mean", f"eval/{share}", False))
+        rows.append((f"{share:<7} out of distribution", f"eval/ood_{share}", False))
+    if shares:
+        rows.append(("format  malformed answers", "eval/malformed", False))
     for domain in domains:
         rows.append((f"gold    {domain}", f"domain/{domain}/gold", False))
     rows.append(("gold    mean", "eval/gold", False))
@@ -65,7 +73,9 @@ def final_table(runs: Mapping[str, RunFolder]) -> Table | None:
         for last, many in columns.values():
             values = [line.get(metric) for line in (many if over_run else [last])]
             values = [v for v in values if v is not None]
-            cells.append(f"{sum(values) / len(values):.3f}" if values else "")
+            bounds = [last.get(f"{metric}_{end}") for end in ("low", "high")]
+            within = f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if None not in bounds else ""
+            cells.append(f"{sum(values) / len(values):.3f}{within}" if values else "")
         if any(cells):
             kind = title.split()[0]
             if previous and kind != previous:

@@ -30,6 +30,7 @@ BUILT_IN: dict[str, Callable[..., rules.Rule]] = {
     "length": rules.length,
     "math": maths.math,
     "regex": rules.regex,
+    "verifier": rules.verifier,
     **remote.REMOTE,
 }
 

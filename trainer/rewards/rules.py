@@ -10,7 +10,14 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from trainer.config.rewards import ChoiceReward, ContainsReward, LengthReward, RegexReward
+from trainer.config.rewards import (
+    ChoiceReward,
+    ContainsReward,
+    LengthReward,
+    RegexReward,
+    VerifierReward,
+)
+from trainer.worlds import reasoning
 
 Row = dict[str, Any]
 Rule = Callable[[list[str], list[str], list[Row]], list[float]]
@@ -30,6 +37,15 @@ def column(rows: list[Row], name: str, row: int) -> Any:
         there = ", ".join(map(str, rows[row])) or "none"
         raise RowError(f"the row has no column {name}; there are {there}", row)
     return value
+
+
+def verifier(settings: VerifierReward) -> Rule:
+    def score(prompts: list[str], answers: list[str], rows: list[Row]) -> list[float]:
+        return [
+            reasoning.verdict(column(rows, "task", i), answer) for i, answer in enumerate(answers)
+        ]
+
+    return score
 
 
 def regex(settings: RegexReward) -> Rule:

@@ -337,7 +337,9 @@ def sample_test(t: Setup, policy: str) -> Answers:
     sequences, prompts = rollout.sequences, [p for p in t.test_prompts for _ in range(k)]
     out = forward_models(config, ours, theirs, None, sequences)
     shift = config.metarm.prompts == "ood"
-    by_program = make_judge(config, config.data.ood_prompts if shift else config.data.eval_prompts)
+    by_program = make_judge(
+        config, config.data.ood_prompts if shift else config.data.eval_prompts, t.tokenizer
+    )
     return Answers(
         prompts=prompts,
         sequences=sequences,

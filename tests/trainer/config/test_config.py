@@ -81,7 +81,7 @@ def test_keys_that_yaml_1_1_takes_for_truth_values(tmp_path):
             "reward.functions=[{function: f}]",
             "functions[0].function: is 'f'; want package",
         ),
-        ("reward.functions=[{function: regx}]", "math, regex (did you mean regex?)"),
+        ("reward.functions=[{function: regx}]", "regex, verifier (did you mean regex?)"),
         ("reward.functions=[{function: regex}]", "reward.functions[0].pattern: is ''; want a reg"),
         ("reward.functions=[{function: regex, pattern: '('}]", "functions[0].pattern: is '(': mis"),
         ("reward.functions=[{function: regex, texts: [a]}]", "functions[0].texts: unknown key"),
