@@ -22,11 +22,11 @@ class Reasoning(Section, at="reasoning"):
     seed: int = key(0, "Seed of the problems; runs with other run.seed share them.", low=0)
     shares: Mapping[str, float] = key(
         {
-            "spell_backward": 0.30,
-            "number_filtering": 0.25,
-            "chain_sum": 0.20,
-            "number_sequence": 0.10,
-            "gcd": 0.10,
+            "number_filtering": 0.30,
+            "chain_sum": 0.25,
+            "number_sequence": 0.15,
+            "gcd": 0.15,
+            "spell_backward": 0.10,
             "products": 0.05,
         },
         "Families and their shares of the training prompts.",

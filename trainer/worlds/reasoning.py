@@ -49,7 +49,7 @@ class Family(NamedTuple):
 _SUM = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
 FAMILIES: dict[str, Family] = {
     "spell_backward": Family(
-        {"min_word_len": 3, "max_word_len": 5}, {"min_word_len": 6, "max_word_len": 6}, WORD
+        {"min_word_len": 3, "max_word_len": 4}, {"min_word_len": 5, "max_word_len": 5}, WORD
     ),
     "number_filtering": Family(
         {"min_numbers": 2, "max_numbers": 3, "max_decimals": 0},
@@ -58,7 +58,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "chain_sum": Family(_SUM, {"min_terms": 3, "max_terms": 3}, NUMBER),
     "number_sequence": Family(
-        {"min_value": -50, "max_value": 50, "max_complexity": 1, "max_terms": 6},
+        {"min_value": -30, "max_value": 30, "max_complexity": 1, "max_terms": 6},
         {"min_terms": 7, "max_terms": 8},
         NUMBER,
     ),

@@ -162,7 +162,7 @@ def test_a_run_is_bit_equal_and_says_what_is_right(tmp_path):
     assert (run.path / "samples.jsonl").read_text() == (again.path / "samples.jsonl").read_text()
 
     last = [line for line in lines if line["stage"] == "eval"][-1]
-    for name in ("chain_sum", "spell_backward", "gcd"):
+    for name in ("chain_sum", "number_filtering", "gcd"):
         for share in ("pass@1", "pass@2"):
             low, value, high = (last[f"domain/{name}/{share}{e}"] for e in ("_low", "", "_high"))
             assert 0 <= low <= value <= high <= 1
