@@ -175,10 +175,10 @@ class World:
         from tokenizers import Tokenizer
         from transformers import PreTrainedTokenizerFast
 
-        learnt_from = ("seed", "shares", "demonstrations", "vocabulary")
-        settings = {name: getattr(self.config, name) for name in learnt_from}
         return PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(_learnt_tokenizer(json.dumps(settings))),
+            tokenizer_object=Tokenizer.from_str(
+                _learnt_tokenizer(self.config.seed, self.config.vocabulary)
+            ),
             pad_token=PAD,
             eos_token=EOS,
             padding_side="left",
@@ -264,28 +264,28 @@ def _plain(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=4)
-def _learnt_tokenizer(settings: str) -> str:
-    """Byte pairs of the problems' own texts; digits stay apart, so that numbers have a form."""
+def _learnt_tokenizer(seed: int, vocabulary: int) -> str:
+    """Byte pairs of problems of all families; digits stay apart, so that numbers have a form."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    config = Reasoning(**json.loads(settings), held_out=())
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     learn = trainers.BpeTrainer(
-        vocab_size=config.vocabulary,
+        vocab_size=vocabulary,
         special_tokens=[PAD, EOS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    rows = World(config).rows("demonstrations", min(config.demonstrations, 6000))
+    world = World(Reasoning(seed=seed))
+    rows = [row for name in FAMILIES for row in world._family(name, "demonstrations", 600)]
     tokenizer.train_from_iterator((row["prompt"] + row["response"] for row in rows), learn)
     made = tokenizer.get_vocab_size()
-    if made != config.vocabulary:
+    if made != vocabulary:
         raise ConfigError(
-            f"is {config.vocabulary}; want {made} or fewer: the problems make no more tokens",
+            f"is {vocabulary}; want {made} or fewer: the problems make no more tokens",
             "reasoning.vocabulary",
         )
     return tokenizer.to_str()
