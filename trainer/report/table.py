@@ -64,7 +64,7 @@ def final_table(runs: Mapping[str, RunFolder]) -> Table | None:
         whole = "eval/proxy" if kind == "score" else "eval/kl"
         rows.append((f"{'proxy' if kind == 'score' else kind:<7} mean", whole, False))
     table = Table(title="Evaluation", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right")
     previous = ""
@@ -74,7 +74,7 @@ def final_table(runs: Mapping[str, RunFolder]) -> Table | None:
             values = [line.get(metric) for line in (many if over_run else [last])]
             values = [v for v in values if v is not None]
             bounds = [last.get(f"{metric}_{end}") for end in ("low", "high")]
-            within = f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if None not in bounds else ""
+            within = f" ({bounds[0]:.2f}-{bounds[1]:.2f})" if None not in bounds else ""
             cells.append(f"{sum(values) / len(values):.3f}{within}" if values else "")
         if any(cells):
             kind = title.split()[0]
