@@ -26,7 +26,7 @@ class Reasoning(Section, at="reasoning"):
             "chain_sum": 0.25,
             "number_sequence": 0.15,
             "gcd": 0.15,
-            "spell_backward": 0.10,
+            "decimal_chain_sum": 0.10,
             "products": 0.05,
         },
         "Families and their shares of the training prompts.",
@@ -36,7 +36,7 @@ class Reasoning(Section, at="reasoning"):
         basic=True,
     )
     held_out: tuple[str, ...] = key(
-        ("basic_arithmetic", "decimal_chain_sum"),
+        ("basic_arithmetic", "leg_counting"),
         "Families that training never has: out of distribution, beside harder problems of the "
         "others.",
         among(FAMILIES),
