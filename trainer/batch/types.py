@@ -13,6 +13,8 @@ class Prompt:
     ids: list[int]
     text: str
     domain: str | None = None
+    messages: Messages | None = None
+    """What the text was made of, where a chat template made it."""
     meta: dict[str, Any] = field(default_factory=dict)
     """The whole row it came from, for reward functions."""
 

@@ -7,6 +7,7 @@ could not check.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -85,16 +86,16 @@ def _check_data(
     found: Checked,
     dry_run: bool,
 ) -> None:
-    def rows_of(key: str, load: Callable[[], list[R]]) -> list[R]:
+    if dry_run:  # it writes nothing
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache="none"))
+
+    def rows_of(key: str, load: Callable[[], Sequence[R]]) -> Sequence[R]:
         try:
             rows = load()
         except DataError as error:
             # Only what is not on this machine can be let pass.
-            if (
-                dry_run
-                and "cannot be loaded" in str(error)
-                and hub.is_name(getattr(config.data, key))
-            ):
+            names = [each.source for each in config.data.sources(key)]
+            if dry_run and "cannot be loaded" in str(error) and any(map(hub.is_name, names)):
                 found.notes.append(str(error))
                 return []
             raise
@@ -105,6 +106,8 @@ def _check_data(
     data = config.data
     if "sft" in stages:
         rows_of("demonstrations", lambda: load_demonstrations(config, tokenizer))
+    if {"rm", "metarm"} & set(stages) and registry.is_text_world(data.pairs):
+        raise DataError(f"data.pairs: {data.pairs}: this world has no annotators; want other pairs")
     if {"rm", "metarm"} & set(stages) and not registry.is_world(data.pairs):
         pairs = rows_of("pairs", lambda: load_pairs(config, tokenizer))
         _need_columns(config, pairs)
@@ -115,8 +118,8 @@ def _check_data(
             prompts = rows_of("prompts", lambda: load_prompts(config, "train", tokenizer))
             if config.groups.inference == "oracle" and any(p.domain is None for p in prompts):
                 raise DataError(
-                    f"data.prompts: {data.prompts}: groups.inference=oracle wants a domain for "
-                    f"each prompt, in column {data.columns.domain}"
+                    f"data.prompts: {named(config, 'prompts')}: groups.inference=oracle wants a "
+                    f"domain for each prompt, in column {data.columns.domain}"
                 )
         if config.reward.functions:
             from trainer.rewards import functions
@@ -124,12 +127,12 @@ def _check_data(
             functions.check_functions(config, prompts)
 
 
-def _need_columns(config: Config, pairs: list[Pair]) -> None:
+def _need_columns(config: Config, pairs: Sequence[Pair]) -> None:
     if not pairs:
         return
     if config.rm.margin and any(pair.margin is None for pair in pairs):
         raise DataError(
-            f"data.pairs: {config.data.pairs}: rm.margin=true wants column "
+            f"data.pairs: {named(config, 'pairs')}: rm.margin=true wants column "
             f"{config.data.columns.margin} in every row"
         )
     if config.rm.rating and any(
@@ -137,7 +140,7 @@ def _need_columns(config: Config, pairs: list[Pair]) -> None:
     ):
         name = config.data.columns.rating
         raise DataError(
-            f"data.pairs: {config.data.pairs}: rm.rating > 0 wants columns {name}_chosen and "
+            f"data.pairs: {named(config, 'pairs')}: rm.rating > 0 wants columns {name}_chosen and "
             f"{name}_rejected in every row"
         )
 
@@ -189,14 +192,14 @@ def _need_models_of_earlier_stages(config: Config, stages: Sequence[str]) -> Non
 def _need_local_files(config: Config, stages: Sequence[str]) -> None:
     """What can be said of data without a tokenizer: whether the files are there."""
     for key in dict.fromkeys(key for stage in stages for key in hub.DATA[stage]):
-        source = getattr(config.data, key)
-        if source.endswith(FILES) and not Path(source).is_file():
-            raise DataError(f"data.{key}: {source}: no such file")
+        for source in (each.source for each in config.data.sources(key)):
+            if source.endswith(FILES) and not Path(source).is_file():
+                raise DataError(f"data.{key}: {source}: no such file")
 
 
 def _shape(key: str, source: str, config: Config, found: Checked, dry_run: bool) -> Shape | None:
     if registry.is_world(source):
-        return shape_of(registry.world(source, config).model_config(), source)
+        return shape_of(registry.base(source, config).model_config(), source)
     if hub.is_path(source) and not Path(source).exists():
         raise ConfigError("no such file or folder", key, source)
     from transformers import AutoConfig
@@ -214,6 +217,14 @@ def _shape(key: str, source: str, config: Config, found: Checked, dry_run: bool)
         found.notes.append(f"{key}: {source} {problem}; {also}")
         return published(source) if known else None
     return shape_of(loaded, source)
+
+
+def named(config: Config, key: str) -> str:
+    """Where the rows of data.<key> come from."""
+    sources = config.data.sources(key)
+    if len(sources) == 1:
+        return sources[0].source
+    return ", ".join(f"{each.source} (weight {each.weight:g})" for each in sources)
 
 
 def _count(rows: Sequence[Row]) -> str:

@@ -63,7 +63,11 @@ def names(config: Config, stages: Sequence[str]) -> dict[str, str]:
         models["critic"] = config.model.critic
     read = dict.fromkeys(key for stage in stages for key in DATA[stage])
     sources = {f"model.{key}": source for key, source in models.items()}
-    sources |= {f"data.{key}": getattr(config.data, key) for key in read}
+    for key in read:
+        several = config.data.sources(key)
+        alone = isinstance(getattr(config.data, key), str)
+        for i, each in enumerate(several):
+            sources[f"data.{key}" if alone else f"data.{key}[{i}].source"] = each.source
     return {key: source for key, source in sources.items() if is_name(source)}
 
 

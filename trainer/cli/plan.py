@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainer.cli.check import Checked
+from trainer.cli.check import Checked, named
 from trainer.cli.memory import Shape, estimate, planned_ranks
 from trainer.config import Config
 
@@ -25,9 +25,7 @@ def describe(config: Config, stages: Sequence[str], found: Checked) -> str:
         lines.append(f"  ppo    once more as baseline {name}: {' '.join(overrides)}")
     if found.rows:
         lines += ["", "data"]
-        lines += [
-            f"  {key:<15} {getattr(config.data, key)}: {count}" for key, count in found.rows.items()
-        ]
+        lines += [f"  {key:<15} {named(config, key)}: {count}" for key, count in found.rows.items()]
     trained = [stage for stage in stages if stage in ("sft", "rm", "ppo", "metarm")]
     if policy and reward and trained:
         lines += ["", *_memory_table(config, trained, policy, reward, ranks)]

@@ -11,17 +11,21 @@ types and values that make no sense raise a ConfigError of one line, which names
 from __future__ import annotations
 
 from trainer.config.convert import Setting, fields_of, flat
+from trainer.config.data import Columns, Data, Source, Sources
 from trainer.config.document import as_yaml, read
 from trainer.config.fields import ConfigError, Section, did_you_mean, key
-from trainer.config.inputs import OPERATIONS, Columns, Data, Model, Toy
-from trainer.config.policy import Groups, Kl, Ppo, Reward, RewardFunction, Rollout
+from trainer.config.inputs import OPERATIONS, Model, Toy
+from trainer.config.policy import Groups, Kl, Ppo, Rollout
 from trainer.config.reader import find, load, packaged
+from trainer.config.reasoning import Reasoning
+from trainer.config.rewards import NAMED, Reward, RewardFunction
 from trainer.config.run import STAGES, Eval, Run, Trainer
 from trainer.config.schema import BASELINE_SECTIONS, Config, differences
 from trainer.config.stages import MetaRm, Rm, Sft
 
 __all__ = [
     "BASELINE_SECTIONS",
+    "NAMED",
     "OPERATIONS",
     "STAGES",
     "Columns",
@@ -34,6 +38,7 @@ __all__ = [
     "MetaRm",
     "Model",
     "Ppo",
+    "Reasoning",
     "Reward",
     "RewardFunction",
     "Rm",
@@ -42,6 +47,8 @@ __all__ = [
     "Section",
     "Setting",
     "Sft",
+    "Source",
+    "Sources",
     "Toy",
     "Trainer",
     "as_yaml",

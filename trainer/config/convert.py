@@ -14,10 +14,11 @@ from trainer.config.fields import ConfigError, Section, choices, did_you_mean, r
 LARGEST = 2**62
 
 
-def build(section: type, data: Any, key: str, root: type) -> Any:
+def build(section: type[Section], data: Any, key: str, root: type) -> Any:
     """A section from plain data; `root` is where an unknown key is looked for elsewhere."""
     if not isinstance(data, dict):
         raise ConfigError(f"is {data!r}; want keys with values", key)
+    section = section.kind_of(data)
     known = {each.name: each for each in dataclasses.fields(section)}
     hints = get_type_hints(section)
     values = {}
@@ -31,14 +32,16 @@ def build(section: type, data: Any, key: str, root: type) -> Any:
         return section(**values)
     except ConfigError as error:
         # A section in a list (a reward function) knows its section and not its place.
-        at = key if "[" in key else error.key
-        raise ConfigError(error.problem, at) from None
+        own = error.key.removeprefix(section.at)
+        raise ConfigError(error.problem, key + own if "[" in key else error.key) from None
 
 
 def _convert(value: Any, kind: Any, key: str, root: type) -> Any:
     """`value` as the type `kind`, or an error that names key, value and want."""
     origin, inner = get_origin(kind), get_args(kind)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+    if origin is types.UnionType:  # the arm that the value is of: text or a list, text or a number
+        return _convert(value, _arm(value, inner), key, root)
+    if isinstance(kind, type) and issubclass(kind, Section):
         return build(kind, value, key, root)
     if origin is Literal:
         require(value in inner, key, value, choices(value, inner))
@@ -65,6 +68,14 @@ def _convert(value: Any, kind: Any, key: str, root: type) -> Any:
     require(right, key, value, _name(kind))
     require(kind is not float or math.isfinite(value), key, value, "a finite number")
     return value
+
+
+def _arm(value: Any, kinds: tuple[Any, ...]) -> Any:
+    """The type among `kinds` that fits a value best; the first where none does."""
+    as_list = next((kind for kind in kinds if get_origin(kind) is tuple), None)
+    if as_list is not None and isinstance(value, list):
+        return as_list
+    return next((kind for kind in kinds if type(value) is kind), kinds[0])
 
 
 def _name(kind: Any) -> str:

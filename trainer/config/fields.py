@@ -81,13 +81,18 @@ class Section:
     at: ClassVar[str] = ""
 
     def __init_subclass__(cls, at: str = "") -> None:
-        cls.at = at
+        cls.at = at or cls.at  # what is under a section stands at its key
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
             for check in each.metadata["checks"]:
                 check(getattr(self, each.name), self._key(each.name))
         self.relations()
+
+    @classmethod
+    def kind_of(cls, data: Mapping[str, Any]) -> type[Section]:
+        """The class that these data make: this one, or one of those under it."""
+        return cls
 
     def relations(self) -> None:
         """Raises a ConfigError where settings that are fine alone do not go together."""

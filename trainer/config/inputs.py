@@ -1,4 +1,4 @@
-"""What a run starts from: models, data, or the built-in world."""
+"""What a run starts from: models, or the built-in world."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from trainer.config.fields import Section, among, choices, filled, key, require
 OPERATIONS = ("copy", "reverse", "sort", "increment", "rotate", "swap")
 SOURCE = "a path, a name, or toy"
 SHARE = "a share, 0 to 1"
-COLUMN = "a column's name"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model(Section, at="model"):
     policy: str = key(
         "toy",
-        "Where the policy starts: a path, a Hugging Face name, or toy (built from the section "
-        "toy).",
+        "Where the policy starts: a path, a Hugging Face name, or a world, toy or reasoning "
+        "(built from its section).",
         filled(SOURCE),
         basic=True,
     )
@@ -63,84 +62,6 @@ class Model(Section, at="model"):
         False, "Keep the reference policy's shards in the CPU's memory (with several ranks)."
     )
     trust_remote_code: bool = key(False, "Let transformers run code that comes with a model.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Columns(Section, at="data.columns"):
-    """Names of the columns in your data; a dot walks into nested fields (info.subreddit)."""
-
-    prompt: str = key("prompt", "The prompt: text, or a list of messages.", filled(COLUMN))
-    messages: str = key(
-        "messages",
-        "A dialogue as a list of {role, content}; used where there is no prompt column.",
-        filled(COLUMN),
-    )
-    response: str = key(
-        "",
-        "A demonstration's answer; empty: the first of response, completion, label that is there.",
-    )
-    chosen: str = key(
-        "chosen",
-        "The better answer: text or messages, with or without the prompt in front.",
-        filled(COLUMN),
-    )
-    rejected: str = key("rejected", "The worse answer, in the same form.", filled(COLUMN))
-    domain: str = key(
-        "domain", "Optional; for reports and groups.inference=oracle only.", filled(COLUMN)
-    )
-    margin: str = key(
-        "margin", "Optional; by how much chosen is better, for rm.margin.", filled(COLUMN)
-    )
-    rating: str = key(
-        "rating",
-        "Optional; absolute ratings of chosen and rejected: <name>_chosen and <name>_rejected.",
-        filled(COLUMN),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data(Section, at="data"):
-    """Sources: toy, a .jsonl / .jsonl.gz / .parquet file, or a `datasets` name or folder, written
-    name, name:split, name#configuration:split."""
-
-    demonstrations: str = key(
-        "toy", "Prompts with answers, for stage sft.", filled(SOURCE), basic=True
-    )
-    prompts: str = key("toy", "Prompts that PPO answers.", filled(SOURCE), basic=True)
-    pairs: str = key(
-        "toy", "Chosen and rejected answers, for stage rm.", filled(SOURCE), basic=True
-    )
-    eval_prompts: str = key("toy", "Prompts of the evaluation; empty: none.", basic=True)
-    ood_prompts: str = key(
-        "toy",
-        "Prompts out of the training distribution, for the evaluation; empty: none.",
-        basic=True,
-    )
-    columns: Columns = key(Columns(), "How your columns are called.", basic=True)
-    max_prompt_tokens: int = key(512, "Longest prompt.", low=1, basic=True)
-    max_answer_tokens: int = key(
-        0,
-        "Longest answer in demonstrations and pairs, with its EOS; 0: no limit.",
-        low=0,
-        want="0 (all) or more",
-        basic=True,
-    )
-    too_long: Literal["error", "drop"] = key(
-        "error", "What becomes of a longer one: an error that names it, or dropped and counted."
-    )
-    parse_dialogues: bool = key(
-        False,
-        'Read "\\n\\nHuman: ... \\n\\nAssistant: ..." text as messages, for the chat template.',
-    )
-    limit: int = key(
-        0, "At most this many training rows of each source; 0: all.", low=0, want="0 (all) or more"
-    )
-    eval_limit: int = key(
-        0,
-        "At most this many evaluation prompts of each source; 0: all.",
-        low=0,
-        want="0 (all) or more",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,63 +1,11 @@
-"""Policy optimisation: scores of answers, how they are sampled, PPO, groups, the KL penalty."""
+"""Policy optimisation: how answers are sampled, PPO, groups, the KL penalty."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.config.fields import Section, key, require, spelled, such_that
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardFunction(Section, at="reward.functions"):
-    function: str = key(
-        "",
-        "package.module:function.",
-        spelled(r"[\w.]+:[\w.]+", "package.module:function"),
-        basic=True,
-    )
-    weight: float = key(1.0, "Its weight in the sum.", basic=True)
-    name: str = key("", "Its name in the metrics; empty: the function's.")
-
-    @property
-    def label(self) -> str:
-        return self.name or self.function.rpartition(":")[2]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reward(Section, at="reward"):
-    functions: tuple[RewardFunction, ...] = key(
-        (),
-        "Python functions that add to the score: a list of {function, weight, name}.",
-        basic=True,
-    )
-    model_weight: float = key(
-        1.0,
-        "Weight of the reward model in the sum; 0: functions alone, and no model is loaded.",
-        basic=True,
-    )
-    normalise: Literal["none", "std", "meanstd"] = key(
-        "std", "Divide by the running standard deviation, or subtract the running mean as well."
-    )
-    clip: float = key(
-        5.0,
-        "Scores are clipped to +- this, after normalising; 0: off.",
-        low=0,
-        want="0 (off) or more",
-    )
-    truncated_penalty: float = key(
-        0.0, "Taken off the score of an answer that was cut at the length limit.", low=0
-    )
-
-    def relations(self) -> None:
-        self.require(
-            self.model_weight != 0 or len(self.functions) > 0,
-            "model_weight",
-            "anything but 0 when there is no reward function",
-        )
-        names = [each.label for each in self.functions]
-        once = len(set(names)) == len(names)
-        require(once, "reward.functions", names, "a different name for each")
+from trainer.config.fields import Section, key, such_that
 
 
 @dataclass(frozen=True, kw_only=True)

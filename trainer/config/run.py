@@ -50,7 +50,13 @@ class Eval(Section, at="eval"):
     every: int = key(
         20, "PPO steps between evaluations; 0: only before and after.", low=0, basic=True
     )
-    samples_per_domain: int = key(256, "Toy world: evaluation prompts a domain.", low=1)
+    samples_per_domain: int = key(256, "Built-in worlds: evaluation prompts a domain.", low=1)
+    samples: int = key(
+        1,
+        "Answers to each evaluation prompt, and k of pass@k where answers are right or wrong.",
+        low=1,
+        basic=True,
+    )
     final_samples: int = key(
         8, "Answers of each domain that the report shows, from the last evaluation.", low=0
     )

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.convert import build, fields_of, flat, plain
+from trainer.config.data import Data
 from trainer.config.document import apply, dump, where_said
 from trainer.config.fields import ConfigError, Section, key, spelled
-from trainer.config.inputs import Data, Model, Toy
-from trainer.config.policy import Groups, Kl, Ppo, Reward, Rollout
+from trainer.config.inputs import Model, Toy
+from trainer.config.policy import Groups, Kl, Ppo, Rollout
+from trainer.config.reasoning import Reasoning
+from trainer.config.rewards import Reward
 from trainer.config.run import Eval, Run, Trainer
 from trainer.config.stages import MetaRm, Rm, Sft
 
@@ -25,7 +28,8 @@ class Config(Section):
     run: Run = key(Run(), "The run as a whole.")
     model: Model = key(Model(), "Policy, reward model, critic.")
     data: Data = key(Data(), "Where prompts, demonstrations and pairs come from.")
-    toy: Toy = key(Toy(), "The built-in world.")
+    toy: Toy = key(Toy(), "The built-in world of letters.")
+    reasoning: Reasoning = key(Reasoning(), "The built-in world of problems with exact answers.")
     sft: Sft = key(Sft(), "Stage 1: supervised fine-tuning.")
     rm: Rm = key(Rm(), "Stage 2: the reward model.")
     reward: Reward = key(Reward(), "What an answer scores.")

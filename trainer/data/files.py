@@ -8,6 +8,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,16 @@ def read_rows(source: str, key: str, limit: int) -> Iterator[tuple[str, dict[str
         yield each
     if not some:
         raise DataError(f"data.{key}: {source}: no rows")
+
+
+def state(source: str, key: str) -> list[Any]:
+    """What changes when the rows of a source do."""
+    if source.endswith(FILES):
+        if not Path(source).is_file():
+            raise DataError(f"data.{key}: {source}: no such file")
+        stat = Path(source).stat()
+        return [str(Path(source).resolve()), stat.st_size, stat.st_mtime_ns]
+    return [getattr(_load(source, key), "_fingerprint", "")]
 
 
 def _jsonl(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -77,6 +88,12 @@ def _parquet(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _dataset(source: str, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, row in enumerate(_load(source, key)):
+        yield f"{source}: row {number}", row
+
+
+@lru_cache(maxsize=1)
+def _load(source: str, key: str) -> Any:
     """name, name:split, name#configuration:split; the name may be a folder."""
     match = re.fullmatch(r"(?P<name>[^:#]+)(#(?P<configuration>[^:]+))?(:(?P<split>.+))?", source)
     if match is None:
@@ -91,12 +108,9 @@ def _dataset(source: str, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
     try:
         if (folder / "dataset_dict.json").is_file():
-            rows = datasets.load_from_disk(name)[split]
+            return datasets.load_from_disk(name)[split]
         elif (folder / "state.json").is_file():
-            rows = datasets.load_from_disk(name)
-        else:
-            rows = datasets.load_dataset(name, match["configuration"], split=split)
+            return datasets.load_from_disk(name)
+        return datasets.load_dataset(name, match["configuration"], split=split)
     except Exception as error:  # the hub, the network, the builder: all raise their own
         raise DataError(f"data.{key}: {source}: cannot be loaded: {first_line(error)}") from None
-    for number, row in enumerate(rows):
-        yield f"{source}: row {number}", row

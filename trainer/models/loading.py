@@ -22,6 +22,7 @@ from transformers import (
 
 from trainer import parallel
 from trainer.config import Config, ConfigError
+from trainer.data.encode import ready
 from trainer.models.critic import Critic
 from trainer.models.packing import kernel, use_packed
 from trainer.models.policy import Policy
@@ -53,10 +54,10 @@ def gather(policy: Policy, dtype: torch.dtype, into: Policy | None) -> Policy:
 
 def load_tokenizer(source: str, config: Config) -> PreTrainedTokenizerBase:
     if registry.is_world(source):
-        return registry.world(source, config).tokenizer()
+        return registry.base(source, config).tokenizer()
     with quietly():
-        return AutoTokenizer.from_pretrained(
-            source, trust_remote_code=config.model.trust_remote_code
+        return ready(
+            AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
         )
 
 
@@ -69,7 +70,7 @@ def load_policy(
 
 def _policy(source: str, config: Config) -> Policy:
     if registry.is_world(source):
-        return Policy(registry.world(source, config).model(config.run.seed))
+        return Policy(registry.base(source, config).model(config.run.seed))
     return Policy(_load(AutoModelForCausalLM, source, config))
 
 

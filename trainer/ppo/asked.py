@@ -8,32 +8,33 @@ is taken the critic says anew what it thinks, as it judges the answers, for noth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from trainer import parallel
-from trainer.batch.order import in_order
+from trainer.batch.order import order_of
+from trainer.batch.types import Prompt
 from trainer.config import Config
 
 
 class Asked:
     """The head's logits of each prompt of the run, and the step that they are of."""
 
-    def __init__(self, config: Config, prompts: int, num_groups: int) -> None:
-        groups, self.count = config.groups, prompts
+    def __init__(self, config: Config, prompts: Sequence[Prompt], num_groups: int) -> None:
+        groups, self.prompts = config.groups, prompts
         self.seed, self.refresh = config.run.seed, groups.refresh
         self.size = config.ppo.prompts_per_step * groups.pool
         self.coming = -(-self.size // groups.refresh)  # prompts that come into the pool a step
-        rows = prompts if groups.has_head and groups.focus else 0
+        rows = len(prompts) if groups.has_head and groups.focus else 0
         self.logits = torch.zeros(rows, num_groups, device=parallel.device())
         self.steps = torch.full((rows,), -1)  # on the CPU
 
     def pool(self, step: int) -> list[int]:
         """Places of the prompts that may be drawn at this step: a function of the step alone."""
         start = step * self.coming
-        return in_order(self.count, range(start, start + self.size), self.seed, "ppo")
+        return order_of(self.prompts, range(start, start + self.size), self.seed, "ppo")
 
     def ask(self, pool: list[int], step: int, head: Callable[[list[int]], Tensor]) -> Tensor:
         """(pool, M) logits; `head` is asked for those of prompts that it has not judged of late."""

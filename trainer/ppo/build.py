@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -84,7 +85,7 @@ class Signals:
 class Setup:
     config: Config
     tokenizer: PreTrainedTokenizerBase
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
     actors: Actors
     signals: Signals
     evaluator: Evaluator
@@ -103,8 +104,8 @@ class Setup:
             normaliser=Normaliser(config),
             groups=groups,
             reference_scores=ReferenceScores(config, run, prompts),
-            asked=Asked(config, len(prompts), groups.num),
-            judge=make_judge(config, config.data.prompts),
+            asked=Asked(config, prompts, groups.num),
+            judge=make_judge(config, config.data.prompts, tokenizer),
         )
         return Setup(
             config=config,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trainer import parallel
-from trainer.batch.order import batch_indices
+from trainer.batch.order import batch_of
 from trainer.batch.sequences import Sequences
 from trainer.batch.types import Prompt
 from trainer.ppo.build import Setup
@@ -50,7 +50,7 @@ def draw(t: Setup, step: int) -> list[int]:
     """Places of this step's prompts: the next ones, or those of a pool that the groups ask for."""
     ppo, groups, seed = t.config.ppo, t.signals.groups, t.config.run.seed
     if not focused(t, step):
-        return batch_indices(len(t.prompts), ppo.prompts_per_step, step, seed, "ppo")
+        return batch_of(t.prompts, ppo.prompts_per_step, step, seed, "ppo")
     pool = t.signals.asked.pool(step)
     logits = None
     if groups.has_head:

@@ -30,7 +30,7 @@ from trainer.data.errors import DataError
 
 
 class Groups:
-    def __init__(self, config: Config, prompts: list[Prompt]) -> None:
+    def __init__(self, config: Config, prompts: Sequence[Prompt]) -> None:
         self.config, self.kl = config.groups, config.kl
         self.seed = config.run.seed
         self.inference = config.groups.inference

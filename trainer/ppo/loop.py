@@ -50,10 +50,12 @@ def iteration(t: Setup, step: int) -> Metrics:
         engine.sync(policy, step)
     with timer("rollout"):  # y ~ pi
         answers = sample(t, chosen, step)
-    with timer("score"):  # reward model and functions
-        raw = signals.scorer(answers.prompts, answers.sequences, answers.rollout.truncated)
+    # Functions begin in threads, and go on while the critic looks.
+    submitted = signals.scorer.submit(answers.prompts, answers.sequences, answers.rollout.truncated)
     with timer("view"):  # values, and the head's logits
         seen = view(t.config, actors.critic, answers.sequences)
+    with timer("score"):  # reward model and functions
+        raw = signals.scorer.collect(submitted)
     if not t.guard.allows("rollout", **{f"reward {k}": x for k, x in raw.items()}, **seen.named):
         return {"objective/scores": mean(raw["total"])} | timer.metrics(answers.tokens)
 

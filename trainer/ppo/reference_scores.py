@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor
 from trainer import parallel
 from trainer.batch.types import Prompt
 from trainer.config import Config
+from trainer.config.rewards import MathReward, RewardFunction
 from trainer.models import sources
 from trainer.models.policy import Policy
 from trainer.ppo.forward import check_engine
+from trainer.rewards import maths
 from trainer.rewards.scorer import Scorer
 from trainer.rollout.engine import Engine
 from trainer.runs.folder import RunFolder
@@ -31,7 +34,7 @@ class ReferenceScores:
     reference, rewards and sampling. Empty where nothing asks for them.
     """
 
-    def __init__(self, config: Config, run: RunFolder, prompts: list[Prompt]) -> None:
+    def __init__(self, config: Config, run: RunFolder, prompts: Sequence[Prompt]) -> None:
         self.config = config
         self.asked = config.groups.compared in ("over_reference", "quantile")
         shape = (len(prompts), config.groups.reference_answers) if self.asked else (0, 0)
@@ -50,7 +53,7 @@ class ReferenceScores:
         engine: Engine,
         reference: Policy,
         scorer: Scorer,
-        every: list[Prompt],
+        every: Sequence[Prompt],
         chosen: list[int],
     ) -> None:
         """Look up, or sample and score, for those of the chosen prompts that have none yet."""
@@ -112,7 +115,9 @@ class ReferenceScores:
 
 
 def name_of(prompt: Prompt) -> str:
-    return hashlib.sha256(json.dumps(prompt.ids).encode()).hexdigest()[:24]
+    """Of all that scores read: the same question may have other answers in another row."""
+    parts = json.dumps([prompt.ids, prompt.messages, prompt.meta], default=str, sort_keys=True)
+    return hashlib.sha256(parts.encode()).hexdigest()[:24]
 
 
 def key_of(config: Config, run: RunFolder) -> str:
@@ -121,7 +126,7 @@ def key_of(config: Config, run: RunFolder) -> str:
     parts: list[object] = [
         fingerprint(sources.reference_source(config, run), config),
         fingerprint(sources.reward_source(config, run), config) if reward.model_weight else None,
-        [(each.function, each.weight, _module(each.function)) for each in reward.functions],
+        [_identity(each) for each in reward.functions],
         (reward.model_weight, reward.truncated_penalty, config.groups.reference_answers),
         (rollout.temperature, rollout.top_p, rollout.max_new_tokens, rollout.stop),
         (rollout.engine, config.model.dtype),
@@ -133,18 +138,29 @@ def fingerprint(source: str, config: Config) -> list[object]:
     """Of a model: its files' names, sizes and times; for a world or a name, what it is made of."""
     folder = Path(source)
     if not folder.is_dir():
-        return [source, config.run.seed, config.toy]
+        return [source, config.run.seed, config.toy, config.reasoning, _status(folder)]
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".bin"))
     return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
 
+def _identity(entry: RewardFunction) -> list[object]:
+    """Of a reward function: all its options, what "auto" has chosen, and its file, which may be
+    another one tomorrow."""
+    chosen = maths.method(entry) if isinstance(entry, MathReward) else None
+    return [entry, chosen, _module(entry.function) if ":" in entry.function else None]
+
+
 def _module(place: str) -> object:
-    """Size and time of the file that a reward function is in: it may be another one tomorrow."""
     try:
         spec = importlib.util.find_spec(place.partition(":")[0])
     except (ImportError, ValueError):
         return None
-    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+    return _status(Path(spec.origin)) if spec is not None and spec.origin is not None else None
+
+
+def _status(path: Path) -> tuple[int, int] | None:
+    """Size and time of a file."""
+    if not path.is_file():
         return None
-    status = Path(spec.origin).stat()
+    status = path.stat()
     return (status.st_size, status.st_mtime_ns)

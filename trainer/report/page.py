@@ -232,6 +232,9 @@ def _samples(runs: list[Run], each: int = 4) -> str:
                     for key, label in (("gold", "gold"), ("score", "proxy"), ("group", "group"))
                     if theirs.get(key) is not None
                 )
+                if "right" in theirs:
+                    wrong = "wrong form" if theirs.get("malformed") else "wrong"
+                    figures += f" · {'right' if theirs['right'] else wrong}"
                 answers.append(
                     f'<div class="answer" style="border-color:{run.colour}">'
                     f"<small>{in_html(run.name)} · {figures}</small>"

@@ -11,6 +11,7 @@ from trainer.report.plots import (
     MOST,
     SCALE,
     Panel,
+    bars,
     by_round,
     contingency,
     group_label,
@@ -62,6 +63,36 @@ def hardest(runs: list[Run], domains: list[str], measure: str) -> list[str]:
     known = {name: float(x) for name, x in figures.items() if x is not None}
     low = sorted(known, key=lambda name: known[name])[:MOST]
     return [name for name in domains if name in low or (not known and len(domains) <= MOST)]
+
+
+def _exact(runs: list[Run]) -> Panels:
+    """Where answers are right or wrong."""
+    lines = [line for run in runs for line in run.evaluations]
+    keys = dict.fromkeys(key for line in lines for key in line)
+    shares = [key.removeprefix("eval/") for key in keys if key.startswith("eval/pass@")]
+    shares = [share for share in shares if share[-1].isdigit()]
+    domains = list(dict.fromkeys(domain for run in runs for domain in run.domains))
+    shifts = [key.split("/")[1] for key in keys if key.startswith("ood/")]
+    within = "Thin lines: 95 % intervals over prompts."
+    panels: Panels = []
+    for share in shares:
+        panels += [
+            bars(runs, domains, "domain", share, f"{share} by family", within),
+            bars(
+                runs, list(dict.fromkeys(shifts)), "ood", share,
+                f"{share}, out of distribution", within,
+            ),
+            over_evaluations(runs, f"eval/{share}", f"{share}, mean"),
+        ]  # fmt: skip
+    if shares:
+        panels += [
+            bars(
+                runs, domains, "domain", "malformed", "Answers of a wrong form",
+                "Cut off, or nothing that could be an answer. They count as wrong above.",
+            ),
+            over_evaluations(runs, "eval/malformed", "Answers of a wrong form, mean"),
+        ]  # fmt: skip
+    return panels
 
 
 def _optimisation(runs: list[Run]) -> Panels:
@@ -315,6 +346,12 @@ SECTIONS: tuple[tuple[str, str, Callable[[list[Run]], Panels]], ...] = (
         "Answers to evaluation prompts, the same at every step. The domains exist for this page "
         "only: the method does not see them.",
         _performance,
+    ),
+    (
+        "Right answers",
+        "pass@1 is the share of answers that are right, pass@k the share of prompts that at least "
+        "one of k answers gets right.",
+        _exact,
     ),
     (
         "Proxy, gold and KL",

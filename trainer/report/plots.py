@@ -92,6 +92,46 @@ def over_evaluations(runs: list[Run], key: str, title: str, caption: str = "") -
     return Panel(file_name(key), caption, figure)
 
 
+def bars(
+    runs: list[Run], names: Sequence[str], prefix: str, metric: str, title: str, caption: str
+) -> Panel | None:
+    """A bar for the SFT model and for each run, by domain, with 95 % intervals where they are
+    logged: at the last evaluation."""
+    sft = next((run.sft for run in runs if run.sft), None)
+    columns = [(SFT, SFT_COLOUR, sft)] + [(run.name, run.colour, run.final) for run in runs]
+    known = [(name, colour, line) for name, colour, line in columns if line]
+    names = [
+        name for name in names if any(f"{prefix}/{name}/{metric}" in line for _, _, line in known)
+    ]
+    if not known or not names:
+        return None
+    figure, axes = new_axes(title, "share of prompts")
+    figure.set_size_inches(4.4, 1.1 + len(names) * (0.12 + 0.16 * len(known)))
+    height = 0.8 / len(known)
+    for i, (label, colour, line) in enumerate(known):
+        keys = [f"{prefix}/{name}/{metric}" for name in names]
+        values = [line.get(key) or 0.0 for key in keys]
+        ends = [(line.get(f"{key}_low"), line.get(f"{key}_high")) for key in keys]
+        errors = [
+            [0 if low is None else max(0.0, value - low) for value, (low, _) in zip(values, ends)],
+            [
+                0 if high is None else max(0.0, high - value)
+                for value, (_, high) in zip(values, ends)
+            ],
+        ]
+        places = [place + (i - (len(known) - 1) / 2) * height for place in range(len(names))]
+        axes.barh(
+            places, values, height * 0.92, xerr=errors, color=colour, label=label, alpha=0.9,
+            error_kw={"elinewidth": 0.8, "ecolor": "#444"},
+        )  # fmt: skip
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.grid(visible=False, axis="y")
+    legend(axes)
+    return Panel(f"bars_{file_name(prefix)}_{file_name(metric)}", caption, figure)
+
+
 def paths(
     runs: list[Run], x: str, y: str, title: str, labels: tuple[str, str], caption: str
 ) -> Panel | None:

@@ -1,4 +1,4 @@
-"""The table at the end of a run: gold, proxy and KL of each model, by domain."""
+"""The table at the end of a run: what each model gets right, gold, proxy and KL, by domain."""
 
 from __future__ import annotations
 
@@ -36,6 +36,14 @@ def final_table(runs: Mapping[str, RunFolder]) -> Table | None:
         if name.startswith("domain/") and name.endswith("/score")
     ]
     rows: list[tuple[str, str, bool]] = []  # title, metric, over the run
+    shares = [name for name in next(iter(columns.values()))[0] if name.startswith("eval/pass@")]
+    for share in (name.removeprefix("eval/") for name in shares if name[-1].isdigit()):
+        for domain in domains:
+            rows.append((f"{share:<7} {domain}", f"domain/{domain}/{share}", False))
+        rows.append((f"{share:<7} mean", f"eval/{share}", False))
+        rows.append((f"{share:<7} out of distribution", f"eval/ood_{share}", False))
+    if shares:
+        rows.append(("format  malformed answers", "eval/malformed", False))
     for domain in domains:
         rows.append((f"gold    {domain}", f"domain/{domain}/gold", False))
     rows.append(("gold    mean", "eval/gold", False))
@@ -55,7 +63,7 @@ def final_table(runs: Mapping[str, RunFolder]) -> Table | None:
         whole = "eval/proxy" if kind == "score" else "eval/kl"
         rows.append((f"{'proxy' if kind == 'score' else kind:<7} mean", whole, False))
     table = Table(title="Evaluation", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in columns:
         table.add_column(in_markup(name), justify="right")
     previous = ""
@@ -65,7 +73,10 @@ def final_table(runs: Mapping[str, RunFolder]) -> Table | None:
             lines = many if over_run else [last]
             figures = [line.get(metric) for line in lines]
             values = [x for x in figures if isinstance(x, int | float)]
-            cells.append(f"{sum(values) / len(values):.3f}" if values else "")
+            low, high = (last.get(f"{metric}_{end}") for end in ("low", "high"))
+            both = isinstance(low, int | float) and isinstance(high, int | float)
+            within = f" ({low:.2f}-{high:.2f})" if both else ""
+            cells.append(f"{sum(values) / len(values):.3f}{within}" if values else "")
         if any(cells):
             kind = title.split()[0]
             if previous and kind != previous:

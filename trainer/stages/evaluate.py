@@ -32,4 +32,8 @@ def run(config: Config, run: RunFolder, resume: bool = False) -> None:
     log.write_samples("eval_only", 0, few_of_each_domain(samples, config.eval.final_samples))
     log.close()
     for key, value in metrics.items():
-        say(f"{key:<40} {value:.4f}")
+        if key.endswith(("_low", "_high")):
+            continue
+        low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
+        within = "" if low is None or high is None else f"  [{low:.4f}, {high:.4f}]"
+        say(f"{key:<40} {value:.4f}{within}")

@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 import gikernels
 from trainer import parallel
-from trainer.batch.order import batch_indices
+from trainer.batch.order import batch_indices, batch_of
 from trainer.batch.sequences import Sequences, pieces
 from trainer.batch.types import Pair, Prompt
 from trainer.config import Config
@@ -128,7 +129,7 @@ class Round(Stage):
         settings, seed = t.config.metarm, t.config.run.seed
         with timer("data"):
             size = t.config.rm.batch
-            indices = batch_indices(len(t.pairs), size, step, seed, "metarm", self.n)
+            indices = batch_of(t.pairs, size, step, seed, "metarm", self.n)
             pairs = [t.pairs[i] for i in indices]
             both = reward_model.both_answers(pairs)
             prompts = batch_indices(
@@ -157,7 +158,7 @@ class Round(Stage):
 def meta_step(
     config: Config,
     model: RewardModel,
-    pairs: list[Pair],
+    pairs: Sequence[Pair],
     both: Sequences,  # their answers, as `reward_model.both_answers` puts them
     meta: Sequences,  # (P k) answers of the policy, those to a prompt side by side
     averages: Averages,
@@ -206,9 +207,9 @@ class Setup:
     run: RunFolder
     sft: str  # what the KL penalty holds on to
     tokenizer: PreTrainedTokenizerBase
-    pairs: list[Pair]
-    held_out: list[Pair]
-    meta_prompts: list[Prompt]  # answered for training
+    pairs: Sequence[Pair]
+    held_out: Sequence[Pair]
+    meta_prompts: Sequence[Prompt]  # answered for training
     test_prompts: list[Prompt]  # answered for measuring
 
     @staticmethod
@@ -350,7 +351,9 @@ def sample_test(t: Setup, policy: str) -> Answers:
     sequences, prompts = rollout.sequences, [p for p in t.test_prompts for _ in range(k)]
     shifted = answer_logprobs(config, ours, sequences) - answer_logprobs(config, theirs, sequences)
     shift = config.metarm.prompts == "ood"
-    by_program = make_judge(config, config.data.ood_prompts if shift else config.data.eval_prompts)
+    by_program = make_judge(
+        config, config.data.ood_prompts if shift else config.data.eval_prompts, t.tokenizer
+    )
     return Answers(
         prompts=prompts,
         sequences=sequences,

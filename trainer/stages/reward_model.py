@@ -10,17 +10,20 @@ offset for each prompt, and groups of such scores are noise (METHODS A.2).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import gikernels
 from trainer import parallel
-from trainer.batch.order import batch_indices
+from trainer.batch.order import batch_indices, batch_of
 from trainer.batch.sequences import Piece, Sequences, forward_all, pieces
 from trainer.batch.types import Pair
 from trainer.config import Config, Rm
 from trainer.data.errors import DataError
+from trainer.data.rows import take
 from trainer.data.sources import load_pairs
 from trainer.models import loading, sources
 from trainer.models.policy import Policy
@@ -69,7 +72,7 @@ class RewardStage(Stage):
     def step(self, step: int) -> Metrics:
         config, timer, averages = self.config, Timer(), Averages()
         with timer("data"):
-            indices = batch_indices(len(self.pairs), config.rm.batch, step, config.run.seed)
+            indices = batch_of(self.pairs, config.rm.batch, step, config.run.seed)
             batch = [self.pairs[i] for i in indices]
             sequences = both_answers(batch)
         with timer("train"):
@@ -103,9 +106,10 @@ class RewardStage(Stage):
 
 def split_pairs(
     config: Config, run: RunFolder, tokenizer: PreTrainedTokenizerBase, again: bool
-) -> tuple[list[Pair], list[Pair]]:
+) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """For training, and held out. A world's are sampled once, from the SFT model, and lie in
     the run folder for whoever trains on them later; `again`: anew."""
+    pairs: Sequence[Pair]
     if not registry.is_world(config.data.pairs):
         pairs = load_pairs(config, tokenizer)
     elif not again and parallel.all_true(run.pairs.is_file()):
@@ -118,7 +122,7 @@ def split_pairs(
         parallel.barrier()
     check_columns(config.rm, pairs)
     seed = config.run.seed
-    pairs = [pairs[i] for i in batch_indices(len(pairs), len(pairs), 0, seed, "validation")]
+    pairs = take(pairs, batch_indices(len(pairs), len(pairs), 0, seed, "validation"))
     held_out = int(len(pairs) * config.rm.validation)
     return pairs[held_out:], pairs[:held_out]
 
@@ -134,7 +138,11 @@ def kept_pairs(run: RunFolder) -> list[Pair]:
 
 
 def backward(
-    config: Config, model: RewardModel, pairs: list[Pair], sequences: Sequences, averages: Averages
+    config: Config,
+    model: RewardModel,
+    pairs: Sequence[Pair],
+    sequences: Sequences,
+    averages: Averages,
 ) -> None:
     """Adds the gradient of the pairs' mean loss; `sequences` are their `both_answers`."""
     for rows, weight in pair_pieces(sequences, config.trainer.tokens_per_microbatch):
@@ -147,7 +155,7 @@ def backward(
         averages.add("rm", {k: v * part for k, v in figures.items()})
 
 
-def check_columns(settings: Rm, pairs: list[Pair]) -> None:
+def check_columns(settings: Rm, pairs: Sequence[Pair]) -> None:
     """What a switch needs has to be in the data."""
     wanted = (
         ("margin", settings.margin, ("margin",)),
@@ -190,7 +198,7 @@ def pair_loss(
     return loss, {"loss": loss.detach(), **figures}
 
 
-def both_answers(pairs: list[Pair]) -> Sequences:
+def both_answers(pairs: Sequence[Pair]) -> Sequences:
     """(2 P): all the chosen answers, then all the rejected ones, so that one forward sees both."""
     prompts = [p.prompt_ids for p in pairs]
     answers = [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
@@ -210,7 +218,9 @@ def scores(config: Config, model: RewardModel, sequences: Sequences) -> Tensor: 
 def sampled_pairs(config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
     """Best against worst of several answers of the SFT model, as an annotator of the world rates
     them. Random pairs of these answers agree with gold in 3 of 4 cases, these in 19 of 20."""
-    world, seed = registry.world(config.data.pairs, config), config.run.seed
+    source, seed = config.data.pairs, config.run.seed
+    assert registry.has_ids(source)
+    world = registry.world(source, config)
     # 0 draws the prompts of PPO, which the reward model should not know by heart.
     prompts = world.annotated(world.prompts(config.rm.pairs, "train", seed=seed + 1), seed)
     engine = make_engine(config, tokenizer)

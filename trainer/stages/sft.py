@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainer import parallel
-from trainer.batch.order import batch_indices
+from trainer.batch.order import batch_of
 from trainer.batch.sequences import Sequences
 from trainer.config import Config
 from trainer.data.sources import load_demonstrations
@@ -46,8 +46,8 @@ class Sft(Stage):
     def step(self, step: int) -> Metrics:
         config, timer, averages = self.config, Timer(), Averages()
         with timer("data"):
-            count, size = len(self.demonstrations), config.sft.batch
-            chosen = batch_indices(count, size, step, config.run.seed, "sft")
+            size, seed = config.sft.batch, config.run.seed
+            chosen = batch_of(self.demonstrations, size, step, seed, "sft")
             prompts, answers = zip(*(self.demonstrations[i] for i in chosen))
             batch = Sequences.of(list(prompts), list(answers))
         with timer("train"):

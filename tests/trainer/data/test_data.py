@@ -4,33 +4,20 @@ import gzip
 import json
 
 import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
+from tests.trainer import tiny
+from trainer.batch.sequences import Sequences
 from trainer.batch.types import Pair
 from trainer.config import load
-from trainer.data import sources
+from trainer.data import encode, sources
 from trainer.data.errors import DataError
+from trainer.models import loading
+from trainer.models.policy import log_probabilities
+from trainer.rollout.make import make_engine
 from trainer.worlds.toy import EOS, WORDS, World
-
-TEMPLATE = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}assistant :"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """Words of the tests' texts, one token each, and a chat template."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    texts = "Human: Assistant: hi there how are you fine bad thanks yes no the answer is user : "
-    texts += "assistant system POST: TITLE: SUBREDDIT: r/pets my cat ran away Help TL;DR: came "
-    texts += "back ye yep"
-    words = ["<pad>", "<eos>", "<unk>", *dict.fromkeys(texts.split())]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
 
 
 @pytest.fixture
@@ -349,11 +336,96 @@ def test_tokenizers_that_lack_something(rows):
     tokenizer = World(load("toy").toy).tokenizer()
     with pytest.raises(DataError, match=r"data.jsonl:1: messages, but .* no chat template"):
         prompts(tokenizer, rows({"prompt": [USER]}))
-    for name in ("pad", "eos"):
-        tokenizer = World(load("toy").toy).tokenizer()
-        setattr(tokenizer, f"{name}_token", None)
-        with pytest.raises(DataError, match=f"has no {name}_token"):
-            prompts(tokenizer, path)
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="has no eos_token"):
+        prompts(tokenizer, path)
+
+
+@pytest.mark.parametrize(
+    ("added", "pad"),
+    [
+        ([], "<eos>"),
+        (["<|im_start|>"], "<eos>"),
+        (["<|reserved_special_token_0|>", "<|eot_id|>"], "<|reserved_special_token_0|>"),
+        (
+            ["<|reserved_special_token_0|>", "<|finetune_right_pad_id|>"],
+            "<|finetune_right_pad_id|>",
+        ),
+        (["[PAD]"], "[PAD]"),
+    ],
+)
+def test_a_pad_token_is_found(added, pad):
+    words = {word: i for i, word in enumerate(["<unk>", "<eos>", "a", *added])}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.add_special_tokens(added)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+    assert encode.ready(tokenizer).pad_token == pad
+    assert len(tokenizer) == len(words)
+
+
+def test_padding_with_eos_changes_nothing(base):
+    """Masks come from lengths: an EOS that ends an answer is one of its tokens, one that fills up
+    a row is none."""
+    made = tiny.config("unused")
+    tokenizer = loading.load_tokenizer("toy", made)
+    policy = loading.load_policy(str(base.model("sft")), made)
+    asked, said = [[5, 6, 11, 3], [5, 6, 11, 12, 13, 3]], [[11, 1], [11, 12, 13, 1]]
+    outs, drawn = [], []
+    for pad in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        tokenizer.pad_token_id = pad  # what a rollout fills prompts up with, and answers
+        engine = make_engine(made, tokenizer)
+        engine.sync(policy)
+        drawn.append(engine.generate(asked, 2, torch.Generator().manual_seed(0)))
+        batch = Sequences.of(asked, said)
+        assert batch.answer_lengths.tolist() == [2, 4]
+        outs.append(policy(batch, log_probabilities()).logprobs)
+    assert torch.equal(*outs)
+    assert torch.equal(*(rollout.sequences.tokens for rollout in drawn))
+    assert torch.equal(*(rollout.logprobs for rollout in drawn))
+
+
+# What the chat template is given.
+
+
+def test_a_system_prompt_where_there_is_none(tokenizer, rows):
+    own = {"role": "system", "content": "yes"}
+    path = rows({"prompt": [USER]}, {"prompt": [own, USER]})
+    first, second = prompts(tokenizer, path, system_prompt="no")
+    assert first.text == "system : no user : how are you assistant :"
+    assert first.messages == [{"role": "system", "content": "no"}, USER]
+    assert second.text == "system : yes user : how are you assistant :"
+
+
+def test_plain_text_as_a_users_message(tokenizer, rows):
+    path = rows({"prompt": "how are you"})
+    with pytest.raises(DataError, match=r"data.jsonl:1: data.system_prompt is for messages, and"):
+        prompts(tokenizer, path, system_prompt="no")
+    (prompt,) = prompts(tokenizer, path, as_messages=True)
+    assert prompt.text == "user : how are you assistant :" and prompt.messages == [USER]
+    assert prompts(tokenizer, path)[0].messages is None
+
+
+def test_the_template_is_given_what_is_asked_for(tokenizer, rows):
+    before = tokenizer.chat_template
+    tokenizer.chat_template = before + "{% if enable_thinking %} thanks{% endif %}"
+    path = rows({"prompt": [USER]})
+    texts = [
+        prompts(tokenizer, path, template_kwargs={"enable_thinking": on})[0].text
+        for on in (True, False)
+    ]
+    tokenizer.chat_template = before
+    assert texts == ["user : how are you assistant : thanks", "user : how are you assistant :"]
+
+
+def test_a_long_prompt_may_lose_its_beginning(tokenizer, rows):
+    path = rows({"prompt": "hi there how are you", "response": "fine"})
+    tight = {"max_prompt_tokens": 2, "too_long": "truncate_left"}
+    (prompt,) = prompts(tokenizer, path, **tight)
+    assert prompt.text == "are you" and words(tokenizer, prompt.ids) == "are you"
+    ((asked, said),) = demonstrations(tokenizer, path, **tight)
+    assert words(tokenizer, asked) == "are you" and words(tokenizer, said) == "fine <eos>"
+    with pytest.raises(DataError, match="no row is left of 1"):  # an answer is no place to cut
+        demonstrations(tokenizer, path, **tight, max_answer_tokens=1)
 
 
 def test_answers_end_in_eos_once():

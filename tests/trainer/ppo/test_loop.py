@@ -218,8 +218,11 @@ def test_every_switch_runs(fresh, overrides):
         assert line["policy/grad_norm"] > 0
 
 
+WORLDS = ("toy", "reasoning")  # their configurations run as they are, with their own data
+
+
 @pytest.mark.parametrize("method", ["group-invariant", "plain"])
-@pytest.mark.parametrize("name", [name for name in packaged() if name != "toy"])
+@pytest.mark.parametrize("name", [name for name in packaged() if not name.startswith(WORLDS)])
 def test_the_method_of_every_packaged_configuration_runs(fresh, name, method):
     """Its groups, KL and reward settings, and plain PPO with them, on the tiny model."""
     theirs = load(name, ["groups.inference=none"] if method == "plain" else [])

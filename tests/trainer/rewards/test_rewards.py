@@ -1,15 +1,16 @@
 """Rewards: functions and what they may do wrong, several with weights, running normalisation."""
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.trainer import tiny
 from trainer.batch.sequences import Sequences
+from trainer.batch.types import Prompt
 from trainer.models import loading
-from trainer.rewards.functions import RewardError, check_functions
+from trainer.rewards.errors import RewardError
+from trainer.rewards.functions import check_functions
 from trainer.rewards.normaliser import Normaliser
 from trainer.rewards.scorer import Scorer
 
@@ -22,6 +23,8 @@ def one(prompts, answers, meta): return [1.0]
 def number(prompts, answers, meta): return 1.0
 def words(prompts, answers, meta): return ["good"] * len(answers)
 def nan(prompts, answers, meta): return [float("nan")] * len(answers)
+def leaves(prompts, answers, meta): import sys; sys.exit(3)
+def second(prompts, answers, meta): return [1 / (m["w"] - 2) for m in meta]
 constant = 3
 """
 
@@ -34,7 +37,7 @@ def rewards(tmp_path, monkeypatch):
     sys.modules.pop("my_rewards", None)
 
 
-PROMPTS = [SimpleNamespace(text=f"prompt {i}", meta={"w": i}, ids=[5], domain=None) for i in (1, 2)]
+PROMPTS = [Prompt(text=f"prompt {i}", meta={"w": i}, ids=[5]) for i in (1, 2)]
 SEQUENCES = Sequences.of([[5, 6, 11, 12, 3]] * 2, [[11, 12, 1], [12, 1]])
 
 
@@ -59,6 +62,10 @@ def test_several_functions_with_weights(rewards):
     "name, message",
     [
         ("raises", "my_rewards:raises raised ZeroDivisionError: division by zero"),
+        ("raises", "by zero; prompt 'prompt 1', answer ''"),
+        ("second", "by zero; prompt 'prompt 2', answer ''"),
+        ("leaves", "my_rewards:leaves raised SystemExit: 3; prompt 'prompt 1'"),
+        ("nan", "returned nan for 0; prompt 'prompt 1'"),
         ("one", r"returned shape \(1,\), want 2 numbers"),
         ("number", r"returned shape \(\), want 2 numbers"),
         ("words", "returned list, want 2 numbers"),
@@ -82,6 +89,19 @@ def test_bad_functions_are_one_clear_line(rewards, name, message):
 def test_unknown_module(rewards):
     with pytest.raises(RewardError, match="cannot import no_such_module:f: ModuleNotFoundError"):
         scorer("reward.functions=[{function: 'no_such_module:f'}]")
+
+
+def test_functions_work_while_something_else_is_done(rewards):
+    """What is done between submit and collect changes no score; a failure comes with collect."""
+    score = scorer("reward.functions=[{function: 'my_rewards:length'}]")
+    truncated = torch.tensor([False, False])
+    asked = score.submit(PROMPTS, SEQUENCES, truncated)
+    assert asked.parts["length"].result(5).tolist() == [2, 1]  # done, with nobody waiting
+    torch.manual_seed(3)
+    assert torch.equal(score.collect(asked)["total"], score(PROMPTS, SEQUENCES, truncated)["total"])
+    bad = scorer("reward.functions=[{function: 'my_rewards:leaves'}]")
+    with pytest.raises(RewardError, match="SystemExit: 3; prompt 'prompt 1', answer 'a b'"):
+        bad.collect(bad.submit(PROMPTS, SEQUENCES, truncated))
 
 
 def test_running_std_is_that_of_all_scores_so_far():
@@ -161,3 +181,29 @@ def test_a_reward_model_with_its_own_tokens(base):
     through_text.model_tokenizer = own  # as if its vocabulary were another
     got = through_text(PROMPTS, SEQUENCES, truncated)["total"]
     torch.testing.assert_close(got, want)
+
+
+TEMPLATE = (
+    "{% for m in messages %}copy {{ m.content }} {% if m.role == 'assistant' %}! {% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}copy {% endif %}"
+)
+
+
+def test_a_reward_model_of_another_family_reads_messages_in_its_own_template(base):
+    """Not what is left of the policy's template; how a turn ends is the reward model's to say."""
+    config = tiny.config("unused")
+    tokenizer = loading.load_tokenizer("toy", config)
+    reward, own = loading.load_scoring_model(config, base)
+    own.chat_template = TEMPLATE
+    score = Scorer(config, tokenizer, reward, own)
+    score.model_tokenizer = own  # as if its vocabulary were another
+    messages = [{"role": "user", "content": "a b"}]
+    prompts = [Prompt(text="<mess>", ids=[5], messages=messages), PROMPTS[1]]
+    submitted = score.submit(prompts, SEQUENCES, torch.tensor([False, False]))
+    read = score._retokenised(prompts, SEQUENCES, submitted.truncated)
+    texts = own.batch_decode(read.tokens.split(read.lengths.tolist()))
+    assert texts == ["copy a b copy a b !", "copy reverse a b : b <eos>"]
+    assert own.decode(read.prompts()[0]) == "copy a b copy"
+    cut = score._retokenised(prompts, SEQUENCES, torch.tensor([True, True]))
+    texts = own.batch_decode(cut.tokens.split(cut.lengths.tolist()))
+    assert texts == ["copy a b copy a b", "copy reverse a b : b"]
