@@ -40,11 +40,15 @@ class Model(Section, at="model"):
         "Precision of compute; the weights that are trained are kept in float32.",
         basic=True,
     )
-    attention: str = key("sdpa", "Attention of transformers: sdpa, eager, flash_attention_2 ...")
+    attention: str = key(
+        "sdpa",
+        "Attention of transformers, where nothing is packed: sdpa (eager for models that it "
+        "cannot), eager, flash_attention_2 ...",
+    )
     packing: Literal["auto", "on", "off"] = key(
         "auto",
-        "Sequences side by side in one row, without padding; auto: on a GPU. In place of "
-        "attention.",
+        "Sequences side by side in one row, without padding, in place of attention; auto: where "
+        "the model can.",
     )
     compile: bool = key(
         False, "torch.compile of each block: a slow start, for faster steps on a GPU."
