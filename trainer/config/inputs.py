@@ -39,11 +39,15 @@ class Model(Section, at="model"):
         "Precision of compute; the weights that are trained are kept in float32.",
         basic=True,
     )
-    attention: str = key("sdpa", "Attention of transformers: sdpa, eager, flash_attention_2 ...")
+    attention: str = key(
+        "sdpa",
+        "Attention of transformers, where nothing is packed: sdpa (eager for models that it "
+        "cannot), eager, flash_attention_2 ...",
+    )
     packing: Literal["auto", "on", "off"] = key(
         "auto",
-        "Sequences side by side in one row, without padding, in place of model.attention; off: "
-        "padded, as the model's own attention wants it.",
+        "Sequences side by side in one row, without padding, in place of model.attention; auto: "
+        "where the model can; off: padded, as the model's own attention wants it.",
     )
     kernels: Literal["auto", "triton", "reference"] = key(
         "auto",

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -24,7 +25,7 @@ from trainer import parallel
 from trainer.config import Config, ConfigError
 from trainer.data.encode import ready
 from trainer.models.critic import Critic
-from trainer.models.packing import kernel, use_packed
+from trainer.models.packing import caps_attention, kernel, use_packed, why_not_packed
 from trainer.models.policy import Policy
 from trainer.models.reward import RewardModel
 from trainer.models.saving import quietly
@@ -33,6 +34,7 @@ from trainer.runs.folder import RunFolder
 from trainer.worlds import registry
 
 M = TypeVar("M", bound=nn.Module)
+Auto = type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]
 
 
 def gather(policy: Policy, dtype: torch.dtype, into: Policy | None) -> Policy:
@@ -147,8 +149,9 @@ def prepare(module: M, config: Config, trained: bool, offload: bool = False) -> 
             part.p = 0.0
         if isinstance(getattr(part, "attention_dropout", None), float):
             part.attention_dropout = 0.0  # type: ignore[assignment]  # not Tensor | Module
-    if config.model.packing != "off":
-        use_packed(next(part for part in module.modules() if isinstance(part, PreTrainedModel)))
+    model = next(part for part in module.modules() if isinstance(part, PreTrainedModel))
+    if packs(model, config):
+        use_packed(model)
     if config.model.gradient_checkpointing:
         for part in module.modules():
             if isinstance(part, PreTrainedModel):
@@ -170,28 +173,77 @@ def check_attention(config: Config) -> None:
         raise ConfigError(f"is {name!r}; want one of {', '.join(known)}", "model.attention")
 
 
+def packs(model: PreTrainedModel, config: Config) -> bool:
+    """Whether its sequences lie side by side: where it can, unless it is told otherwise."""
+    if config.model.packing == "on" and (why_not := why_not_packed(model)):
+        raise ConfigError(f"on: {_class(model)} {why_not}; want auto or off", "model.packing")
+    return config.model.packing != "off" and not why_not_packed(model)
+
+
+def implementation(settings: PreTrainedConfig, config: Config) -> str:
+    """transformers' attention where nothing is packed: model.attention, but eager in place of sdpa
+    for a model that sdpa would compute wrongly."""
+    asked = config.model.attention
+    return "eager" if asked == "sdpa" and caps_attention(settings) else asked
+
+
 def describe_attention(config: Config) -> str:
-    if config.model.packing == "off":
-        return f"padded sequences, attention {config.model.attention}"
-    which = kernel(parallel.device().type, parallel.compute_dtype(config))
-    return f"packed sequences, attention {which}"
+    """Of each model that the configuration names; in one phrase where it is the same for all."""
+    named = {
+        config.model.policy: AutoModelForCausalLM,
+        config.model.reference: AutoModelForCausalLM,
+        config.model.reward: AutoModelForSequenceClassification,
+    }
+    phrases: dict[str, list[str]] = {}
+    for source, auto in named.items():
+        if source:
+            phrases.setdefault(_described(source, auto, config), []).append(source)
+    if len(phrases) == 1:
+        return next(iter(phrases))
+    return "; ".join(f"{', '.join(sources)}: {text}" for text, sources in phrases.items())
+
+
+def _described(source: str, auto: Auto, config: Config) -> str:
+    if registry.is_world(source):
+        settings = registry.world(source, config).model_config()
+    else:
+        settings = _settings(source, config)
+    how = implementation(settings, config)
+    with torch.device("meta"), quietly():
+        code = config.model.trust_remote_code
+        model = auto.from_config(settings, attn_implementation=how, trust_remote_code=code)
+    if packs(model, config):
+        which = kernel(parallel.device().type, parallel.compute_dtype(config))
+        return f"packed sequences, attention {which}"
+    why_not = (
+        f" ({_class(model)} {why_not_packed(model)})" if config.model.packing == "auto" else ""
+    )
+    return f"padded sequences, attention {how}{why_not}"
+
+
+def _class(model: PreTrainedModel) -> str:
+    return type(model).__name__
+
+
+def _settings(source: str, config: Config, **options: int) -> PreTrainedConfig:
+    code = config.model.trust_remote_code
+    return AutoConfig.from_pretrained(source, trust_remote_code=code, **options)
 
 
 def _load(
-    auto: type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification],
+    auto: Auto,
     source: str,
     config: Config,
     **options: int,
 ) -> PreTrainedModel:
     """Rank 0 reads the weights; the others build a model without storage and get theirs from it."""
-    common = {
-        "attn_implementation": config.model.attention,
-        "trust_remote_code": config.model.trust_remote_code,
-    }
     with quietly():
+        settings = _settings(source, config, **options)
+        common = {
+            "attn_implementation": implementation(settings, config),
+            "trust_remote_code": config.model.trust_remote_code,
+        }
         if not parallel.is_main():
-            code = config.model.trust_remote_code
-            settings = AutoConfig.from_pretrained(source, trust_remote_code=code, **options)
             with torch.device("meta"):
                 model = auto.from_config(settings, dtype=torch.float32, **common)
             with contextlib.suppress(OSError):  # it says where answers end

@@ -200,22 +200,30 @@ def run(body: nn.Module, sequences: Sequences, last: bool = False) -> tuple[Tens
     return out.last_hidden_state.flatten(0, 1)[layout.inverse], layout
 
 
-def use_packed(model: nn.Module) -> bool:
-    """Switch a transformers model over, where it can: whether it could."""
+def use_packed(model: nn.Module) -> None:
+    """Switch a transformers model over."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     given: Any = model
-    config = given.config.get_text_config()
-    # A cap on attention's own logits is known to none of these kernels.
-    if not getattr(given, "_supports_sdpa", False) or getattr(
-        config, "attn_logit_softcapping", None
-    ):
-        return False
     AttentionInterface.register(PACKED, packed_attention)
     AttentionMaskInterface.register(PACKED, sdpa_mask)
     given.set_attn_implementation(PACKED)
-    return True
+
+
+def why_not_packed(model: nn.Module) -> str:
+    """Empty where a transformers model can be switched over."""
+    given: Any = model
+    if caps_attention(given.config):
+        return "caps attention's logits, which no packed kernel does"
+    if not getattr(given, "_supports_sdpa", False):
+        return "has attention of its own"
+    return ""
+
+
+def caps_attention(config: Any) -> bool:
+    """Gemma 2's softcap, which sdpa does not know either; not that of the last logits."""
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
 
 
 @functools.cache
