@@ -63,7 +63,8 @@ class Model(Section, at="model"):
         basic=True,
     )
     offload_reference: bool = key(
-        False, "Keep the reference policy's shards in the CPU's memory (with several ranks)."
+        False,
+        "Keep the reference policy in the CPU's memory; it visits the GPU block by block.",
     )
     trust_remote_code: bool = key(False, "Let transformers run code that comes with a model.")
 

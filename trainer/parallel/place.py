@@ -83,10 +83,11 @@ def place(module: M, config: Config, offload: bool = False) -> M:
             torch.distributed.broadcast(full, 0)
             assert isinstance(p, DTensor)
             p.copy_(distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None))
-        for buffer in module.buffers():
-            full = buffer.to(device())
-            torch.distributed.broadcast(full, 0)
-            buffer.copy_(full)
+        for part in module.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                full = buffer.to(device())  # to stay, wherever the weights wait
+                torch.distributed.broadcast(full, 0)
+                part._buffers[name] = full
     return module
 
 

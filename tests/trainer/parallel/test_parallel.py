@@ -22,7 +22,7 @@ from trainer.models import loading
 from trainer.models.policy import log_probabilities
 from trainer.ppo import build, loop
 from trainer.runs.checkpoint import steps_in
-from trainer.runs.faults import Guard
+from trainer.runs.faults import Guard, lost_rank
 from trainer.runs.folder import RunFolder
 from trainer.runs.log import read_lines
 from trainer.runs.optim import Optimizer
@@ -119,18 +119,23 @@ def join_store(port):
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
-def waits(port, timeout):
-    """The first rank's download takes longer than any collective may; then one is as late."""
+def waits(port, timeout, gave_up):
+    """The first rank's download takes longer than any collective may; then one rank is as late."""
     join_store(port)
     began = time.monotonic()
-    slow = timeout * 1.5
-    parallel.start(timeout, first=lambda: time.sleep(slow))
-    assert time.monotonic() - began > slow
+    parallel.start(timeout, first=lambda: time.sleep(1.5 * timeout))
+    assert time.monotonic() - began > 1.5 * timeout
     parallel.barrier()
     assert all(found == timedelta(seconds=timeout) for found in timeouts())
-    if parallel.rank() == 1:
-        time.sleep(slow)
-    parallel.barrier()
+    began = time.monotonic()
+    if parallel.rank() == 0:
+        with pytest.raises(RuntimeError) as error:
+            parallel.barrier()
+        gave_up.touch()
+        assert "another rank is gone" in lost_rank(error.value)
+    while not gave_up.exists():
+        time.sleep(0.1)
+    assert timeout / 2 < time.monotonic() - began < 10 * timeout
 
 
 def timeouts():
@@ -140,9 +145,8 @@ def timeouts():
     return [each._get_backend(torch.device("cpu")).options._timeout for each in groups]
 
 
-def test_a_download_may_take_longer_than_ranks_wait_for_each_other(store, capfd):
-    assert children.run_ranks(2, waits, store.port, 4) == [1, 1]
-    assert "Timed out waiting 4000ms" in capfd.readouterr().err
+def test_a_download_may_take_longer_than_ranks_wait_for_each_other(store, tmp_path):
+    assert children.run_ranks(2, waits, store.port, 5, tmp_path / "gave up") == [0, 0]
 
 
 def cannot(port):

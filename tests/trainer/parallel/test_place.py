@@ -1,0 +1,50 @@
+"""How a finished model meets the machine: FSDP on one rank, too; weights that wait elsewhere."""
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from trainer import parallel
+from trainer.models import loading
+from trainer.models.policy import log_probabilities
+from trainer.ppo import build, loop
+from trainer.rollout.make import make_engine
+from trainer.rollout.weights import whole_weights
+
+BFLOAT16 = ("model.dtype=bfloat16", "rollout.logprob_bound=1.0")
+PROMPTS = [[5, 6, 11, 12, 13, 3], [7, 5, 14, 11, 3]]
+
+
+def test_weights_that_wait_in_the_cpus_memory_are_the_same(fresh):
+    config, run = fresh(*BFLOAT16)
+    source, found = str(run.model("sft")), []
+    for offload in (False, True):
+        policy = loading.load_policy(source, config, offload=offload)
+        for block in parallel.blocks(policy):
+            (param, *_) = block._get_fsdp_state()._fsdp_param_group.fsdp_params
+            assert param.offload_to_cpu == offload
+        assert all(isinstance(p, DTensor) and not p.requires_grad for p in policy.parameters())
+        assert {p.dtype for p in policy.parameters()} == {torch.bfloat16}
+        assert all(buffer.device == parallel.device() for buffer in policy.buffers())
+        engine = make_engine(config, loading.load_tokenizer(source, config))
+        engine.sync(policy)
+        rollout = engine.generate(PROMPTS, 4, torch.Generator().manual_seed(0))
+        logprobs = policy(rollout.sequences, log_probabilities()).logprobs
+        weights = dict(whole_weights(policy, torch.bfloat16, 1 << 20))
+        found.append((rollout.sequences.tokens, rollout.logprobs, logprobs, weights))
+    one, other = found
+    assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3]))
+    assert one[3].keys() == other[3].keys() and len(one[3]) > 10
+    assert all(torch.equal(a, other[3][name]) for name, a in one[3].items())
+
+
+@pytest.mark.parametrize("overrides", [BFLOAT16, ()], ids=["bfloat16", "float32"])
+def test_an_iteration_does_not_depend_on_where_the_reference_waits(fresh, overrides):
+    """float32 on a CPU: it is there already."""
+    found = []
+    for offload in ("false", "true"):
+        config, run = fresh(*overrides, f"model.offload_reference={offload}")
+        t = build.Setup.of(config, run)
+        metrics = loop.iteration(t, 0)
+        found.append({k: v for k, v in metrics.items() if not k.startswith(("timing", "perf"))})
+    assert found[0] == found[1]
