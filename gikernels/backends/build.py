@@ -30,7 +30,7 @@ import torch
 PACKAGE = Path(__file__).parents[1]
 CSRC = PACKAGE / "csrc"  # in a checkout a link to the csrc/ beside the package
 SHIPPED = PACKAGE / "lib"
-SOURCES = {"cpp": ("partition.cpp", "experience.cpp"), "cuda": ("partition.cu",)}
+SOURCES = {"cpp": ("partition.cpp", "experience.cpp", "stats.cpp"), "cuda": ("partition.cu",)}
 
 # No contraction into FMA: the CPU and the GPU then compute the same bits. No -march=native either:
 # the code has clones for wide vectors, picked when it is loaded, so a library runs on any machine.
@@ -102,6 +102,8 @@ def _declare(name: str, loaded: ctypes.CDLL) -> None:
             run.argtypes = [pointer, int64, int32, *[pointer] * 8, int64, real, real, real, int32]
             run.argtypes += [pointer] * 6
             run.restype = None
+            stats = getattr(loaded, f"gi_group_stats_cpu_{suffix}")
+            stats.argtypes = [*[pointer] * 3, int64, int64, int32, *[pointer] * 3]
         else:
             solve = getattr(loaded, f"gi_partition_cuda_{suffix}")
             solve.argtypes = [pointer, pointer, int64, int32, int32, int32, *results]

@@ -1,8 +1,9 @@
 """Statistics of groups of sequences, and what group-invariant learning makes of them (METHODS A).
 
-Read downward: PyTorch for the CPU, custom operation, public functions. The Triton half is
-stats_triton.py. `soft_groups` and `group_weights` are a few products with a (S, M) matrix, M
-being two or three: they stand in reference.py, and here their arguments are checked.
+Read downward: custom operation, public functions. The Triton half is stats_triton.py, the C++ half
+for the CPU stats_cpp.py; where there is no compiler the specification runs, two passes of PyTorch.
+`soft_groups` and `group_weights` are a few products with a (S, M) matrix, M being two or three:
+they stand in reference.py, and here their arguments are checked.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from gikernels import reference
 from gikernels.backends import checks, dispatch
 from gikernels.reference import GroupStats, SoftGroups, stat_dtype
 
-BACKENDS = ("triton", "reference")
+BACKENDS = ("triton", "cpp", "reference")
 FORMS = ("mass", "uniform", "one_sided")
 
 
@@ -36,10 +37,18 @@ def _blank(values: Tensor, weights: Tensor | None, num_groups: int) -> GroupStat
 def _group_stats_op(
     values: Tensor, group_ids: Tensor, num_groups: int, weights: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = dispatch.choose(backend, values, BACKENDS)
+    if chosen == "cpp":
+        from gikernels.groups import stats_cpp
+
+        stats = stats_cpp.group_stats(values, group_ids, num_groups, weights)
+        if stats is not None:
+            return stats
+    # C++ looks at ids and weights on its way, and leaves it to these to say what is wrong.
     checks.ids_within("group_ids", group_ids, num_groups)
     if weights is not None and weights.device.type == "cpu":
         _check_weights(weights)
-    if dispatch.choose(backend, values, BACKENDS) == "triton":
+    if chosen == "triton":
         from gikernels.groups import stats_triton
 
         out = _blank(values, weights, num_groups)

@@ -134,6 +134,8 @@ def test_a_compiler_that_is_not_there(fresh):
     with pytest.raises(gikernels.BackendUnavailable, match=r"cpp.*CXX=no-such-compiler"):
         partition(torch.arange(3.0), backend="cpp")
     assert partition(torch.arange(3.0)).group_ids.tolist() == [0, 1, 1]
+    ids = torch.tensor([0, 1, 1])
+    assert gikernels.group_stats(torch.arange(3.0), ids, 2).mean.tolist() == [0, 1.5]
 
 
 def test_what_the_compiler_said_is_kept(fresh, tmp_path):

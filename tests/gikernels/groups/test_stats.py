@@ -12,8 +12,21 @@ import gikernels as gk
 from gikernels import reference
 from gikernels.groups import stats_triton
 
-BACKENDS = ["reference", "triton"]
+BACKENDS = ["reference", "triton", "cpp"]
 FORMS = ["mass", "uniform", "one_sided"]
+
+
+@pytest.fixture(autouse=True)
+def _cpp_is_here(request, device):
+    if getattr(request.node, "callspec", None) and "cpp" in request.node.callspec.params.values():
+        _want_cpp(device)
+
+
+def _want_cpp(device):
+    if device != "cpu":
+        pytest.skip("the C++ half is for the CPU")
+    if not (status := gk.backends()["cpp"]):
+        pytest.skip(status.reason)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -36,6 +49,53 @@ def test_group_stats(backend, n, groups, weighted, device, poisoned_empty):
         assert torch.allclose(a.double(), b, rtol=2e-7, atol=0)
     exact = gk.group_stats(values.double(), ids, groups, weights=weights, backend=backend)
     assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(exact, truth))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_dtype_of_values_and_weights(backend, dtype, device):
+    values, ids = torch.randn(300, device=device).to(dtype) + 3, torch.arange(300) % 7
+    ids = ids.to(device, torch.uint8)
+    for other in (torch.float16, torch.float32, torch.float64):
+        weights = torch.rand(300, device=device).to(other)
+        got = gk.group_stats(values, ids, 8, weights=weights, backend=backend)
+        truth = reference.group_stats(values.double(), ids, 8, weights=weights.double())
+        double = torch.float64 in (dtype, other)
+        for a, b in zip(got, truth):
+            assert a.dtype == (torch.float64 if double else torch.float32)
+            assert torch.allclose(a.double(), b, rtol=1e-12 if double else 1e-7, atol=0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("groups", [1, 8, 600, 20_000])  # tables side by side, one, longer spans
+def test_cpp_at_size(groups, weighted, device, poisoned_empty):
+    """fp32 results are float64 ones rounded, and threads do not change a bit."""
+    _want_cpp(device)
+    n = (1 << 19) + 5
+    values, ids = torch.randn(n) + 1e3, torch.randint(0, groups, (n,))
+    weights = torch.rand(n) if weighted else None
+    truth = reference.group_stats(
+        values.double(), ids, groups, weights=None if weights is None else weights.double()
+    )
+    runs, threads = [], torch.get_num_threads()
+    for count in (1, 2, 7):
+        try:
+            torch.set_num_threads(count)
+            runs.append(gk.group_stats(values, ids, groups, weights=weights, backend="cpp"))
+        finally:
+            torch.set_num_threads(threads)
+    for a, b, c, true in zip(*runs, truth):
+        assert torch.equal(a, b) and torch.equal(a, c)
+        assert torch.allclose(a.double(), true, rtol=6.1e-8, atol=0)
+
+
+def test_cpp_keeps_what_is_not_finite_where_it_is(device):
+    _want_cpp(device)
+    values, ids = torch.randn(70_000), torch.arange(70_000) % 4
+    values[1], values[-2] = math.inf, math.nan
+    got, want = (gk.group_stats(values, ids, 4, backend=b) for b in ("cpp", "reference"))
+    assert all(torch.allclose(a, b, equal_nan=True) for a, b in zip(got, want))
+    assert got.mean[1] == math.inf and got.mean[2].isnan() and got.mean[0].isfinite()
 
 
 def test_parts_of_one_group_cover_every_value():
@@ -231,6 +291,8 @@ STATS = gk.GroupStats(V, V, V)
         ("group_ids", lambda: gk.group_stats(V, I[:1], 2)),
         ("group_ids", lambda: gk.group_stats(V, I, 1)),
         ("group_ids", lambda: gk.group_stats(V, I - 1, 2)),
+        ("group_ids", lambda: gk.group_stats(V, I, 1, backend="reference")),
+        ("weights", lambda: gk.group_stats(V, I, 2, weights=V - 1, backend="reference")),
         ("num_groups", lambda: gk.group_stats(V, I, 0)),
         ("num_groups", lambda: gk.group_stats(V, I, 2.0)),
         ("weights", lambda: gk.group_stats(V, I, 2, weights=V - 1)),
