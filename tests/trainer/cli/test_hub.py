@@ -49,6 +49,16 @@ def test_models_and_the_data_of_the_stages(fetched, tmp_path):
     ]
 
 
+def test_every_one_of_several_sources(fetched, tmp_path):
+    several = f"data.prompts=[{{source: d/asked}}, {{source: {tmp_path}/a.jsonl}}, {{source: f/g}}]"
+    assert hub.names(load("toy", [several]), ("ppo",)) == {
+        "data.prompts[0].source": "d/asked",
+        "data.prompts[2].source": "f/g",
+    }
+    hub.fetch(load("toy", [several]), ("ppo",))
+    assert [name for name, *_ in fetched] == ["d/asked", "f/g"]
+
+
 def test_nothing_is_asked_for_what_is_here_or_without_a_network(fetched, monkeypatch):
     monkeypatch.setattr(hub, "reachable", lambda: 1 / 0)
     hub.fetch(load("toy"), ("sft", "rm", "ppo", "metarm", "eval"))
