@@ -233,7 +233,7 @@ AXES: dict[Callable, dict[str, tuple]] = {
     },
     flat: {"S": SIZES, "N": SIZES, "G": SIZES, "norm": NORMS, "critic": BOTH, "exact": BOTH},
     normalize: {"S": SIZES, "T": SIZES, "G": SIZES, "ids": BOTH},
-    stats: {"n": (*SIZES, 1 << 20), "K": SIZES, "dtype": FLOATS, "weighted": BOTH},
+    stats: {"n": (*SIZES, 1 << 20), "K": (*SIZES, 1 << 16), "dtype": FLOATS, "weighted": BOTH},
 }
 
 
@@ -294,6 +294,7 @@ STEADY: list[tuple[Callable, dict[str, Any], dict[str, tuple]]] = [
         {"S": (100, 1, 16, 129), "T": (33, 48, 64)},
     ),
     (normalize, {"ids": True, "T": 33}, {"S": (100, 1, 16), "G": (4, 1, 16)}),
+    (stats, {"dtype": torch.float32, "weighted": True}, {"n": (8192, 8193), "K": (65, 80, 897)}),
 ]
 
 

@@ -98,6 +98,50 @@ def test_cpp_keeps_what_is_not_finite_where_it_is(device):
     assert got.mean[1] == math.inf and got.mean[2].isnan() and got.mean[0].isfinite()
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("spread", ["even", "one", "none"])
+def test_many_groups_in_pieces(weighted, spread, device, poisoned_empty, monkeypatch):
+    """Sorted; groups of no value, of some, and of more pieces than are joined at a time."""
+    monkeypatch.setattr(stats_triton, "SHORT", 0)
+    monkeypatch.setattr(stats_triton, "_pieces", lambda n, groups: {"PIECE": 32, "BLOCK": 16})
+    n, groups = 1500, 70
+    values = torch.randint(-64, 64, (n,), device=device) / 16 + 1e6
+    ids = torch.randint(0, groups - 2, (n,), device=device)
+    if spread == "one":  # 44 pieces, joined 16 at a time
+        ids[100:] = 9
+    if spread == "none":
+        values, ids, n = values[:0], ids[:0], 0
+    weights = torch.rand(n, device=device) if weighted else None
+    strided = torch.stack([values, values], -1)[:, 1]
+    got = gk.group_stats(strided, ids.int(), groups, weights=weights, backend="triton")
+    truth = reference.group_stats(
+        values.double(), ids, groups, weights=None if weights is None else weights.double()
+    )
+    for a, b in zip(got, truth):
+        assert a.dtype == torch.float32 and torch.allclose(a.double(), b, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("groups", [3, 70])
+def test_an_id_out_of_range_belongs_to_no_group(groups, device, monkeypatch):
+    """As on a GPU, where ids are not looked at before."""
+    monkeypatch.setattr(stats_triton, "SHORT", 0)
+    values, ids = torch.randn(200, device=device), torch.randint(-2, groups + 2, (200,))
+    out = gk.GroupStats._make(torch.full((groups,), math.nan, device=device) for _ in range(3))
+    stats_triton.group_stats(values, ids.to(device), None, out)
+    kept = ((ids >= 0) & (ids < groups)).to(device)
+    want = reference.group_stats(values[kept], ids.to(device)[kept], groups)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(out, want))
+
+
+def test_pieces_are_enough_for_any_groups():
+    for n, groups in ((4097, 65), (1 << 24, 4096), (10, 1000)):
+        piece = stats_triton._pieces(n, groups)["PIECE"]
+        for largest in (n // groups, n):
+            others = torch.full((groups - 1,), (n - largest) // (groups - 1))
+            needed = -(-largest // piece) + (-(-others // piece)).sum()
+            assert needed <= n // piece + groups
+
+
 def test_parts_of_one_group_cover_every_value():
     for n in (0, 1, 4095, 4096, 4097, 10**6):
         for groups in (1, 3, 500, 10**5):
@@ -326,7 +370,9 @@ def test_refuses(name, call):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("n", "groups"), [(1 << 20, 2), (1 << 20, 30), (4096, 512), (9, 100_000)])
+@pytest.mark.parametrize(
+    ("n", "groups"), [(1 << 20, 2), (1 << 20, 30), (4096, 512), (9, 100_000), (1 << 20, 5000)]
+)
 def test_gpu(n, groups):
     values = torch.randn(n, device="cuda") + 1e6
     ids = torch.randint(0, groups, (n,), device="cuda")
