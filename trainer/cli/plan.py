@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trainer.cli.check import Checked, named
-from trainer.cli.memory import Shape, estimate, planned_ranks
+from trainer.cli.memory import Shape, at_once, card_bytes, estimate, planned_ranks
 from trainer.config import Config
 
 
@@ -75,14 +75,15 @@ def _stage(config: Config, stage: str) -> str:
 def _memory_table(
     config: Config, stages: Sequence[str], policy: Shape, reward: Shape, ranks: int
 ) -> list[str]:
-    columns = {stage: estimate(config, stage, policy, reward, ranks) for stage in stages}
+    card = card_bytes()
+    columns = {stage: estimate(config, stage, policy, reward, ranks, card) for stage in stages}
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     lines = [f"{'memory of each rank, estimated':<32}" + "".join(f"{s:>12}" for s in stages)]
     for name in names:
         cells = [_bytes(columns[s][name]) if name in columns[s] else "" for s in stages]
         lines.append(f"  {name:<30}" + "".join(f"{cell:>12}" for cell in cells))
-    totals = "".join(f"{_bytes(sum(columns[s].values())):>12}" for s in stages)
-    return [*lines, f"  {'sum':<30}{totals}"]
+    totals = "".join(f"{_bytes(at_once(config, columns[s])):>12}" for s in stages)
+    return [*lines, f"  {'at most at once':<30}{totals}"]
 
 
 def _millions(count: int) -> str:

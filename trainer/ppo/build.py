@@ -63,6 +63,9 @@ class Actors:
             head = critic.group_head.parameters()
             rates = [(config.ppo.critic_lr, values), (config.groups.head_lr, head)]
             critic_optimizer = Optimizer.of(config.ppo, rates, guard, "critic")
+        for optimizer in (policy_optimizer, critic_optimizer):
+            if optimizer is not None:
+                optimizer.materialise()  # vLLM starts with the first sync
         engine = make_engine(config, tokenizer)
         return Actors(policy.eval(), reference, critic, policy_optimizer, critic_optimizer, engine)
 

@@ -83,9 +83,9 @@ class Optimizer:
         done = min(1.0, step / self.decay_until)
         return rise * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
 
-    def state_dict(self) -> dict:
-        """AdamW's moments and steps, by the parameters' order; shared with it, so that a checkpoint
-        is read in place. What it has not made yet is made, as zeros."""
+    def materialise(self) -> None:
+        """Make the moments and steps that AdamW makes at its first step, as zeros: whoever takes
+        what is left of the memory before then finds only what will stay left."""
         for p in self.params:
             if p not in self.adamw.state:
                 self.adamw.state[p] = {
@@ -93,6 +93,11 @@ class Optimizer:
                     "exp_avg": torch.zeros_like(p),
                     "exp_avg_sq": torch.zeros_like(p),
                 }
+
+    def state_dict(self) -> dict:
+        """AdamW's moments and steps, by the parameters' order; shared with it, so that a checkpoint
+        is read in place."""
+        self.materialise()
         return {str(i): self.adamw.state[p] for i, p in enumerate(self.params)}
 
     def load_state_dict(self, state: dict) -> None:

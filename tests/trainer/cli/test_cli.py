@@ -255,16 +255,48 @@ def test_memory_by_hand():
     config = load("hh_8gpu")
     shape = memory.published("Qwen/Qwen2.5-7B")
     parts = memory.estimate(config, "ppo", shape, shape, ranks=8)
-    whole, body = shape.parameters, shape.parameters - 152064 * 3584
-    assert parts["weights"] == parts["gradients"] == parts["reference"] == 4 * whole // 8
+    table = 152064 * 3584
+    whole, body = shape.parameters, shape.parameters - table
+    # masters, gradients and moments in float32; in bfloat16 what is frozen, gathered and sampled
+    assert parts["weights"] == parts["gradients"] == 4 * whole // 8
     assert parts["optimiser"] == 8 * whole // 8
-    assert parts["critic"] == 12 * body // 8 and parts["reward model"] == 4 * body // 8
+    assert parts["reference"] == 2 * whole // 8 and parts["reward model"] == 2 * body // 8
+    assert parts["critic"] == 12 * body // 8
+    block = (body - table - 3584) // 28
+    assert parts["gathered for compute"] == 2 * (block + 2 * table + 3584)
+    assert parts["policy for sampling"] == 2 * whole
     # 28 layers x 2 x 512 numbers of 2 bytes for each of 64 x 768 tokens, and 64 rows of logits
     assert parts["generation cache"] == 64 * (28 * 2 * 512 * 2 * 768 + 4 * 152064)
+    training = parts["gradients"] + parts["gathered for compute"] + parts["activations"]
+    assert training > parts["generation cache"]
+    at_once = memory.at_once(config, parts)
+    assert at_once == sum(parts.values()) - parts["generation cache"]
+    judges = memory.estimate(config, "rm", shape, shape, ranks=8)
+    assert judges["gathered for compute"] == 2 * (block + table + 3584)
     plain = load("hh_8gpu", ["ppo.advantages=leave_one_out", "ppo.samples_per_prompt=2"])
     assert "critic" in memory.estimate(plain, "ppo", shape, shape, 8)  # it carries the group head
     none = plain.override(["groups.inference=none"])
     assert "critic" not in memory.estimate(none, "ppo", shape, shape, 8)
+
+
+def test_memory_of_one_gpu_and_of_vllm():
+    shape, card = memory.published("Qwen/Qwen2.5-0.5B"), 80 * 2**30
+    one = load("hh_1gpu", ["model.offload_reference=true"])
+    parts = memory.estimate(one, "ppo", shape, shape, 1, card)
+    assert parts["policy for sampling"] == 2 * shape.parameters  # not the trainer's shards
+    assert "reference" not in parts  # in the CPU's memory
+    precise = load("hh_1gpu", ["model.dtype=float32"])
+    on_cpu = memory.estimate(precise, "ppo", shape, shape, 1)
+    assert not {"policy for sampling", "gathered for compute"} & on_cpu.keys()
+    assert on_cpu["reference"] == 4 * shape.parameters
+    for sleep in ("true", "false"):
+        vllm = load("hh_1gpu", ["rollout.engine=vllm", f"rollout.sleep={sleep}"])
+        parts = memory.estimate(vllm, "ppo", shape, shape, 1, card)
+        assert parts["vLLM"] == int(0.4 * card)
+        assert not {"policy for sampling", "generation cache"} & parts.keys()
+        training = sum(parts[name] for name in memory.WHILE_TRAINING)
+        saved = min(training, parts["vLLM"]) if sleep == "true" else 0
+        assert memory.at_once(vllm, parts) == sum(parts.values()) - saved
 
 
 # Whole runs.
