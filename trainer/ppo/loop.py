@@ -1,6 +1,6 @@
 """Stage 3, group-invariant PPO. Read this first: one iteration is `iteration`, top to bottom.
 
-    prompts -> rollouts -> scores -> models' view -> groups -> experience -> critic, head -> policy
+    prompts -> rollouts -> critic's view, scores -> groups -> experience -> critic, head -> policy
 
 What it adds to textbook PPO (arXiv 2310.11971; METHODS A): groups of easy and hard sequences, found
 without labels; prompts drawn so that each group is met equally often (ours); a KL coefficient for
