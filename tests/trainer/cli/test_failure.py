@@ -15,7 +15,7 @@ def broken(*_):
 
 @pytest.fixture
 def bug(monkeypatch):
-    monkeypatch.setitem(registry.RUN, "sft", broken)
+    monkeypatch.setitem(registry.STAGES, "sft", broken)
 
 
 def run(tmp_path, *flags):

@@ -7,6 +7,7 @@ import time
 import pytest
 import yaml
 from rich.console import Console
+from rich.table import Table
 
 from tests.trainer.report.test_report import undrawn  # noqa: F401
 from trainer import report
@@ -64,6 +65,12 @@ def test_strange_domains_on_the_terminal(tmp_path, capsys):
     assert "\x1b[2J" not in capsys.readouterr().out
     say("domain [red] \x1b[2J")
     assert "domain [red] \\x1b[2J" in capsys.readouterr().out
+
+
+def test_a_table_is_said_as_it_is(capsys):
+    table = Table(names.in_markup("[red]x"))
+    say(table)
+    assert "[red]x" in (out := capsys.readouterr().out) and "\\" not in out
 
 
 def test_two_hundred_domains_are_a_page_of_few_plots(tmp_path, undrawn):  # noqa: F811

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.trainer import children, tiny
+from trainer import parallel
 from trainer.runs.checkpoint import CheckpointError, Checkpoints, steps_in
 from trainer.runs.faults import Diverged, Guard, Stopped
 from trainer.runs.folder import RunFolder
@@ -248,6 +249,19 @@ def test_a_full_disk_is_one_clear_error_and_older_checkpoints_stay(small_disk, a
     again = Small(small_disk, size=2_000)
     again.open(resume=True)
     assert again.state.step == last and again.holds() == {float(last)}
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_full_disk_in_a_group_of_one_is_as_clear(small_disk, async_save):
+    parallel.join_alone()
+    try:
+        small = Small(small_disk, async_save=async_save, size=20_000)
+        checkpoints = small.open(resume=False)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            checkpoints.save()
+            checkpoints.finish()
+    finally:
+        parallel.stop()
 
 
 def test_other_settings_are_one_clear_error(tmp_path):
