@@ -39,7 +39,7 @@ def run(config: Config, run: RunFolder, resume: bool = False) -> None:
 
 
 def iteration(t: Setup, step: int) -> Metrics:
-    """METHODS A.7."""
+    """From prompts to a better policy; the order is that of the paper."""
     actors, signals, timer, updates = t.actors, t.signals, Timer(), Averages()
     policy, engine, groups = actors.policy, actors.engine, signals.groups
 
