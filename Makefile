@@ -1,9 +1,10 @@
-# make test | make train | make bench: each sets up .venv by itself (make test-vllm: .venv-vllm). PYTHON=python3.12 picks another.
+# make test | make train | make bench | make attack: each sets up .venv by itself (make test-vllm: .venv-vllm). PYTHON=python3.12 picks another.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup test test-vllm lint types unit train reasoning smollm test-smollm bench evidence format clean
+.PHONY: setup test test-vllm lint types unit attack train reasoning smollm test-smollm bench evidence \
+	format clean
 
 setup: $(VENV)/.ready
 
@@ -24,6 +25,13 @@ types: setup
 # Two workers of one thread each: the tests are many and small.
 unit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Kills, flipped bits, mutated inputs, full disks, at random: what was tried and what was survived.
+MINUTES ?= 10
+SEED ?= 0
+
+attack: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attack --minutes $(MINUTES) --seed $(SEED)
 
 # The real vLLM, on a CPU. It wants older transformers than the rest, so it has an environment of
 # its own; torchvision and the like come as CUDA builds there and break its import.

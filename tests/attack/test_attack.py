@@ -1,0 +1,9 @@
+"""The short form, of a minute: `make attack` goes on for as long as it is asked to."""
+
+from tests.attack.__main__ import attack
+
+
+def test_the_short_form_is_survived():
+    tried, survived, wrong = attack(minutes=0, seed=0)
+    assert not wrong, "\n".join(wrong)
+    assert tried == survived and sum(tried.values()) > 150
