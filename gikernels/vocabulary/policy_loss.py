@@ -58,14 +58,17 @@ def _chunked(
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """Log-probabilities and entropies (n), and the gradients of hidden, weight and bias."""
     n, v, dtype = len(hidden), len(head.weight), tokens.temperature.dtype
-    shapes = (hidden.shape, head.weight.shape, head.weight.shape[:1])
-    sums = [
-        hidden.new_zeros(shape, dtype=dtype) if yes else None for shape, yes in zip(shapes, wanted)
-    ]
     logprobs, entropy = hidden.new_empty(n, dtype=dtype), hidden.new_empty(n, dtype=dtype)
     # The logits of a chunk of rows; of some columns the exponentials and, with a softcap, slope.
     wide = min(v, max(1024, v // 8))
     tall = min(max(n, 1), max(1, workspace_for(hidden.device) // dtype.itemsize // (v + 2 * wide)))
+    # One chunk gives each element of dW in one product, which can be rounded at once.
+    dw_dtype = _saved_dtype(head.weight) if tall >= n else dtype
+    shapes = (hidden.shape, head.weight.shape, head.weight.shape[:1])
+    sums = [
+        hidden.new_zeros(shape, dtype=d) if yes else None
+        for shape, d, yes in zip(shapes, (dtype, dw_dtype, dtype), wanted)
+    ]
     z, spare = scratch(hidden, tall * v, 1, dtype)[0], scratch(hidden, tall * wide, 1, dtype)[0]
     for rows in spans(n, tall):
         x, some = hidden[rows].to(dtype), tokens.rows(rows)
@@ -135,7 +138,11 @@ def _add_gradients(
         if dx is not None:
             dx.addmm_(dz, head.weight[cols].to(dz.dtype))
         if dw is not None:
-            dw[cols].addmm_(dz.T, x * back.unsqueeze(1))
+            scaled = x * back.unsqueeze(1)
+            if dw.dtype == dz.dtype:
+                dw[cols].addmm_(dz.T, scaled)
+            else:  # the only chunk
+                dw[cols] = dz.T @ scaled
         if db is not None:
             db[cols].addmv_(dz.T, back)
     if dx is not None and all_dx is not None:
@@ -283,7 +290,8 @@ def _backward(ctx, g_loss, *_):
         number if tensor is None else tensor
         for tensor, number in zip(ctx.saved_tensors, ctx.numbers)
     ]
-    hidden, weight, bias, denom, wanted = (*inputs[:2], inputs[17], inputs[6], inputs[-1])
+    hidden, weight, bias, denom = (*inputs[:2], inputs[17], inputs[6])
+    backend, wanted = inputs[-2:]
     if g_loss is None:
         return (None,) * len(inputs)
     gradients, ctx.gradients = ctx.gradients, None
@@ -294,16 +302,23 @@ def _backward(ctx, g_loss, *_):
     out: list[Tensor | None] = [None] * len(inputs)
     for i, x, gradient, yes in zip((0, 1, 17), (hidden, weight, bias), gradients, wanted):
         if yes:
-            out[i] = _scaled(gradient, factor, x.dtype, in_place)
+            out[i] = _scaled(gradient, factor, x.dtype, in_place, backend)
     return tuple(out)
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+def _scaled(
+    gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool, backend: str
+) -> Tensor:
     """gradient * factor, rounded once; in place where allowed and of the same precision."""
+    # What torch.compile traces is no plain tensor; there the compiler decides what is in place.
+    in_place = in_place and gradient.dtype == dtype and type(gradient) is Tensor
+    if in_place and backend == "triton":
+        from gikernels.vocabulary import policy_loss_triton
+
+        return policy_loss_triton.scale_(gradient, factor)
     # One dimension more than a number has, so that an fp32 factor is not rounded to bf16 first.
     factor = factor.reshape((1,) * gradient.dim())
-    # What torch.compile traces is no plain tensor; there the compiler decides what is in place.
-    if gradient.dtype == dtype and in_place and type(gradient) is Tensor:
+    if in_place:
         return torch.mul(gradient, factor, out=gradient)
     return (gradient * factor).to(dtype)
 

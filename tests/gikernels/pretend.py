@@ -98,7 +98,7 @@ def pretending(driver: Driver) -> Iterator[None]:
     from triton.backends.nvidia.compiler import CUDABackend
 
     _implement_on_the_pretended_gpu()
-    properties = SimpleNamespace(multi_processor_count=0)
+    properties = SimpleNamespace(multi_processor_count=0, total_memory=80 << 30)
 
     def properties_of(device=None):
         properties.multi_processor_count = GPUS[driver.arch][1]
