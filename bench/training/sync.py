@@ -35,7 +35,7 @@ def main(dtype: str = "bfloat16") -> int:
     config = load(
         "toy",
         [
-            *("rollout.engine=vllm", f"model.dtype={dtype}", "rollout.batch=8"),
+            *("rollout.engine=vllm", f"model.dtype={dtype}", "rollout.max_num_seqs=8"),
             *(f"rollout.sync_bucket_mb={BUCKET}", f"rollout.logprob_bound={bound}"),
         ],
     )
