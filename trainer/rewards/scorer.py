@@ -140,9 +140,10 @@ def _in_their_words(
 def _on_all_ranks(part: Future[Tensor]) -> Tensor:
     """A function's scores; where it fails on one rank, all of them say so and end."""
     error = part.exception()
-    wrong = [each for each in parallel.gather_objects(str(error) if error else None) if each]
+    said = parallel.gather_objects(str(error) if error else None)
     if error:
         raise error
-    if wrong:
-        raise RewardError(wrong[0])
+    for rank, problem in enumerate(said):
+        if problem:
+            raise RewardError(f"{problem} (of rank {rank})")
     return part.result()

@@ -287,7 +287,8 @@ def test_one_ranks_error_is_told_by_it_and_named_by_rank_0(base, tmp_path):
     first, second = ((tmp_path / f"rank{r}.txt").read_text() for r in (0, 1))
     problem = "reward.functions[0]: tests.trainer.cli.test_starts:fails_on_rank_1 raised KeyError"
     assert f"gi: rank 1: {problem}" in second and second.count("\n") == 1
-    assert f"{problem}: 'only here' (of rank 1)" in first and first.count("\n") == 1
+    assert f"{problem}: 'only here'; prompt '" in first and first.endswith("(of rank 1)\n")
+    assert first.count("\n") == 1
 
 
 def test_what_every_rank_meets_is_told_once(tmp_path):

@@ -51,8 +51,16 @@ class Broken:
     def __init__(self, scorer, steps, value=torch.nan):
         self.scorer, self.steps, self.step, self.value = scorer, steps, 0, value
 
-    def __call__(self, prompts, sequences, truncated):
-        out = self.scorer(prompts, sequences, truncated)
+    def __call__(self, *given):  # evaluations and reference answers
+        return self.broken(self.scorer(*given))
+
+    def submit(self, *given):
+        return self.scorer.submit(*given)
+
+    def collect(self, submitted):
+        return self.broken(self.scorer.collect(submitted))
+
+    def broken(self, out):
         self.step += 1
         if self.step in self.steps:
             out["total"] = out["total"].clone()
