@@ -122,12 +122,14 @@ def _run(args: argparse.Namespace) -> int:
     _refuse_what_is_missing(config, stages, args.resume)
 
     from trainer import parallel
-    from trainer.cli import begin, failure, hub, plan
+    from trainer.cli import failure, hub, plan
     from trainer.cli.check import check
 
     fetch = None if args.dry_run else partial(hub.fetch, config, stages)
     parallel.start(config.trainer.timeout, first=fetch)
     checked = check(config, stages, dry_run=args.dry_run)
+    from trainer.cli import begin  # not before: it brings transformers, which then looks for a hub
+
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if not restarted or args.dry_run:
         begin.check(config, args.command, args.resume)
