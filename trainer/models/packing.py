@@ -59,8 +59,6 @@ class Layout(NamedTuple):
     answer: Tensor  # (n) places of the answer tokens themselves; with `last` alone
     prompt_ends: Tensor  # (S) places of the prompts' last tokens
     ends: Tensor  # (S) places of the sequences' last tokens; with `last` alone
-    grid: Tensor  # (S, L) places of whole sequences, for models that want padding
-    inverse: Tensor  # (N) where each token stands in that grid
 
     @staticmethod
     def of(sequences: Sequences, last: bool, sdpa: bool, shared: bool = True) -> Layout:
@@ -110,14 +108,21 @@ def _layout(sequences: Sequences, last: bool, sdpa: bool, shared: bool) -> Layou
         packed = _behind_prompts(prompt_bounds, once, bounds, said, prompt, sdpa)
         ends = torch.where(said > 0, bounds[1:] - 1, prompt_ends)
     answer = ranges(bounds[1:] - said, said)
-    grid, inverse = _grid(bounds, asked + said) if not shared else (bounds[:0], bounds[:0])
-    places = (before_answer, answer, prompt_ends, ends, grid, inverse)
+    places = (before_answer, answer, prompt_ends, ends)
     return Layout(
         on_device(sequences.tokens[source]),
         on_device(positions),
         packed,
         *(on_device(each) for each in places),
     )
+
+
+def grid_of(sequences: Sequences, last: bool) -> tuple[Tensor, Tensor]:
+    """For models that want padding: (S, L) places of sequences in a row where they stand one after
+    another, and (N) where each token stands in that grid."""
+    lengths = sequences.lengths - (0 if last else 1)
+    grid, inverse = _grid(F.pad(lengths.cumsum(0), (1, 0)), lengths)
+    return on_device(grid), on_device(inverse)
 
 
 def _grid(bounds: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,9 +200,10 @@ def run(body: nn.Module, sequences: Sequences, last: bool = False) -> tuple[Tens
         )
         return out.last_hidden_state[0], layout
     layout = Layout.of(sequences, last, sdpa=False, shared=False)
-    tokens = layout.tokens[layout.grid]  # with causal attention nobody sees what fills up a row
+    grid, inverse = grid_of(sequences, last)
+    tokens = layout.tokens[grid]  # with causal attention nobody sees what fills up a row
     out = body(input_ids=tokens, use_cache=False)
-    return out.last_hidden_state.flatten(0, 1)[layout.inverse], layout
+    return out.last_hidden_state.flatten(0, 1)[inverse], layout
 
 
 def use_packed(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from transformers import (
 
 from trainer.batch.sequences import Sequences, on_device
 from trainer.config import ConfigError
-from trainer.models.packing import Layout, run
+from trainer.models.packing import grid_of, run
 from trainer.models.saving import save_pretrained
 
 
@@ -44,10 +44,10 @@ class RewardModel(nn.Module):
 
     def forward(self, sequences: Sequences) -> Tensor:  # (s)
         if not hasattr(self.model, "score"):
-            layout = Layout.of(sequences, last=True, sdpa=False, shared=False)
-            places = torch.arange(layout.grid.shape[1], device=layout.grid.device)
+            grid, _ = grid_of(sequences, last=True)
+            places = torch.arange(grid.shape[1], device=grid.device)
             seen = places < on_device(sequences.lengths).unsqueeze(1)
-            tokens = layout.tokens[layout.grid]
+            tokens = on_device(sequences.tokens)[grid]
             return self.model(tokens, attention_mask=seen.long()).logits[:, 0].float()
         hidden, layout = run(self.model.base_model, sequences, last=True)
         places = layout.ends if self.head == "last" else layout.answer
