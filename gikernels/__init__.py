@@ -36,7 +36,14 @@ from gikernels.sequence.experience import (
     linear_experience,
     normalize_advantages,
 )
-from gikernels.sequence.losses import difference_objective, ppo_loss, preference_loss, value_loss
+from gikernels.sequence.losses import (
+    cispo_loss,
+    difference_objective,
+    gspo_loss,
+    ppo_loss,
+    preference_loss,
+    value_loss,
+)
 from gikernels.vocabulary.linear_logprobs import linear_logprobs
 from gikernels.vocabulary.logprobs import logprobs
 from gikernels.vocabulary.policy_loss import linear_policy_loss
@@ -54,12 +61,14 @@ __all__ = [
     "TokenStats",
     "backend",
     "backends",
+    "cispo_loss",
     "difference_objective",
     "experience",
     "gae",
     "group_advantages",
     "group_stats",
     "group_weights",
+    "gspo_loss",
     "kl_penalty",
     "linear_experience",
     "linear_logprobs",

@@ -399,7 +399,19 @@ def ppo_terms(
     return loss, ratio, loss != plain
 
 
+def cispo_terms(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cap_low: float, cap_high: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CISPO loss, ratio, and whether a cap holds the token's weight, for each token."""
+    ratio = torch.exp(logprobs - old_logprobs)
+    weight = ratio.detach().clamp(cap_low, cap_high)
+    return -weight * advantages * logprobs, ratio, weight != ratio
+
+
 def token_sum(x: Tensor, mask: Tensor, denom: float | Tensor) -> Tensor:
+    """sum(x / denom) over the mask; denom is one number, or each token's own."""
+    if isinstance(denom, Tensor) and denom.dim():
+        return (masked(x, mask) / denom.masked_fill(~mask, 1)).sum()
     return masked(x, mask).sum() / denom
 
 
@@ -409,23 +421,75 @@ def ppo_loss(
     advantages: Tensor,
     mask: Tensor,  # bool
     *,
-    denom: float | Tensor,  # the GLOBAL number of tokens
+    denom: float | Tensor,  # the GLOBAL number of tokens; or like mask: each token's own
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
 ) -> LossOut:
-    dtype = stat_dtype(logprobs)
-    logprobs, old_logprobs, advantages = (
-        masked(x, mask).to(dtype) for x in (logprobs, old_logprobs.detach(), advantages.detach())
-    )
+    logprobs, old_logprobs, advantages = _rows_of(mask, logprobs, old_logprobs, advantages)
     loss, ratio, clipped = ppo_terms(
         logprobs, old_logprobs, advantages, clip_low, clip_high, dual_clip
     )
+    return _policy_out(loss, ratio, clipped, old_logprobs - logprobs, mask, denom)
+
+
+def cispo_loss(
+    logprobs: Tensor,  # any shape
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,  # bool
+    *,
+    denom: float | Tensor,  # as for ppo_loss
+    cap_low: float = 0.0,
+    cap_high: float = 5.0,
+) -> LossOut:
+    """arXiv 2506.13585: no token is dropped, its weight in REINFORCE is capped instead."""
+    logprobs, old_logprobs, advantages = _rows_of(mask, logprobs, old_logprobs, advantages)
+    loss, ratio, capped = cispo_terms(logprobs, old_logprobs, advantages, cap_low, cap_high)
+    return _policy_out(loss, ratio, capped, old_logprobs - logprobs, mask, denom)
+
+
+def gspo_loss(
+    logprobs: Tensor,  # (S, T)
+    old_logprobs: Tensor,  # (S, T)
+    advantages: Tensor,  # (S)
+    mask: Tensor,  # (S, T) bool
+    *,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+    denom: float | Tensor | None = None,  # the GLOBAL number of sequences; None: those with a token
+) -> LossOut:
+    """arXiv 2507.18071: PPO's clip for one ratio a sequence, the geometric mean of its tokens'."""
+    logprobs, old_logprobs = _rows_of(mask, logprobs, old_logprobs)
+    some, count = mask.any(1), mask.sum(1).clamp(min=1)
+    log_ratio = (logprobs - old_logprobs).sum(1) / count
+    advantages = masked(advantages.detach(), some).to(logprobs.dtype)
+    loss, ratio, clipped = ppo_terms(
+        log_ratio, torch.zeros_like(log_ratio), advantages, clip_low, clip_high, None
+    )
+    denom = some.sum().clamp(min=1) if denom is None else denom
+    return _policy_out(loss, ratio, clipped, -log_ratio, some, denom)
+
+
+def _rows_of(mask: Tensor, logprobs: Tensor, *others: Tensor) -> list[Tensor]:
+    """In the precision of the statistics, zeros where masked; a gradient for the first alone."""
+    dtype = stat_dtype(logprobs)
+    return [masked(x, mask).to(dtype) for x in (logprobs, *(x.detach() for x in others))]
+
+
+def _policy_out(
+    loss: Tensor,
+    ratio: Tensor,
+    clipped: Tensor,
+    back: Tensor,  # old less new log-probability: its k3 estimates KL(old, new)
+    mask: Tensor,
+    denom: float | Tensor,
+) -> LossOut:
     with torch.no_grad():
         metrics = {
             "ratio": token_sum(ratio, mask, denom),
-            "clipfrac": token_sum(clipped.to(dtype), mask, denom),
-            "approxkl": token_sum(kl_estimate(old_logprobs - logprobs, "k3"), mask, denom),
+            "clipfrac": token_sum(clipped.to(ratio.dtype), mask, denom),
+            "approxkl": token_sum(kl_estimate(back, "k3"), mask, denom),
         }
     return LossOut(token_sum(loss, mask, denom), metrics)
 
@@ -465,10 +529,13 @@ def linear_policy_loss(
     advantages: Tensor,  # (N)
     *,
     mask: Tensor,  # (N) bool
-    denom: float | Tensor,  # the GLOBAL number of tokens
+    denom: float | Tensor,  # the GLOBAL number of tokens; or (N): each token's own
+    loss: str = "ppo",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    cap_low: float = 0.0,  # for loss "cispo"
+    cap_high: float = 5.0,
     ref_logprobs: Tensor | None = None,  # (N)
     kl_coef: float | Tensor = 0.0,  # a number, or (N)
     kl_estimator: str = "k3",
@@ -488,25 +555,23 @@ def linear_policy_loss(
         softcap=softcap,
         logit_scale=logit_scale,
     )
-    loss, metrics = ppo_loss(
-        stats.logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        denom=denom,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-    )
+    of_tokens = (stats.logprobs, old_logprobs, advantages, mask)
+    if loss == "cispo":
+        policy, metrics = cispo_loss(*of_tokens, denom=denom, cap_low=cap_low, cap_high=cap_high)
+    else:
+        policy, metrics = ppo_loss(
+            *of_tokens, denom=denom, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
+        )
     entropy = token_sum(stats.entropy, mask, denom)
-    metrics = {"policy": loss.detach(), **metrics, "entropy": entropy.detach()}
+    metrics = {"policy": policy.detach(), **metrics, "entropy": entropy.detach()}
+    total = policy - entropy_coef * entropy
     if ref_logprobs is not None:
         d = stats.logprobs - masked(ref_logprobs.detach(), mask).to(stats.logprobs.dtype)
         kl = kl_estimate(d, kl_estimator)
         metrics["kl"] = token_sum(kl, mask, denom).detach()
         coef = masked(kl_coef.detach(), mask) if isinstance(kl_coef, Tensor) else kl_coef
-        loss = loss + token_sum(coef * kl, mask, denom)
-    return LossOut(loss - entropy_coef * entropy, metrics)
+        total = total + token_sum(coef * kl, mask, denom)
+    return LossOut(total, metrics)
 
 
 # --- groups -------------------------------------------------------------------------------------

@@ -118,11 +118,19 @@ def not_sharded(name: str, x: Tensor) -> Tensor:
     return x
 
 
-def denominator(x: object) -> float | Tensor:
-    """The global number of tokens: a number, or a 0-d tensor so that no rank has to wait for it."""
-    if isinstance(x, Tensor):
-        return dims("denom", x, 0, "the global number of tokens")
-    return number("denom", x, above=0)
+def denominator(x: object, mask: Tensor) -> float | Tensor:
+    """The global number of tokens: a number, or a 0-d tensor so that no rank has to wait for it. Or
+    each token's own, of the shape of mask: an answer's length times the number of answers."""
+    if not isinstance(x, Tensor):
+        return number("denom", x, above=0)
+    if x.dim() and x.shape != mask.shape:
+        raise wrong("denom", x, f"a number, or one for each token, {tuple(mask.shape)}")
+    return x
+
+
+def caps(cap_low: object, cap_high: object) -> None:
+    low = number("cap_low", cap_low, at_least=0)
+    number("cap_high", cap_high, at_least=low)
 
 
 def ids_within(name: str, ids: Tensor, count: int) -> None:

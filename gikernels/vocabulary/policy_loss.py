@@ -20,7 +20,6 @@ import weakref
 import torch
 from torch import Tensor
 
-from gikernels import reference
 from gikernels.backends import checks, dispatch
 from gikernels.backends.settings import workspace_for
 from gikernels.reference import LossOut, stat_dtype
@@ -43,7 +42,13 @@ from gikernels.vocabulary.head import (
     transform_arguments,
     view,
 )
-from gikernels.vocabulary.policy_loss_terms import Recipe, Tokens, active_rows
+from gikernels.vocabulary.policy_loss_terms import (
+    METRICS,
+    Recipe,
+    Tokens,
+    active_rows,
+    denominators,
+)
 
 # --- chunked PyTorch ----------------------------------------------------------------------------
 
@@ -151,7 +156,7 @@ def _add_gradients(
 
 # --- custom operation ---------------------------------------------------------------------------
 
-METRICS = ("policy", "ratio", "clipfrac", "approxkl", "entropy", "kl")
+BIAS = 21  # its place among the arguments
 
 
 @torch.library.custom_op(
@@ -166,9 +171,13 @@ def _op(
     advantages: Tensor,  # (N)
     mask: Tensor,  # (N)
     denom: Tensor,  # ()
+    weights: Tensor | None,  # (N): row i is divided by denom / weights[i]
+    loss: str,  # "ppo" or "cispo"
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
+    cap_low: float,
+    cap_high: float,
     ref_logprobs: Tensor | None,  # (N)
     kl_coef: float,
     kl_coefs: Tensor | None,  # (N), then `kl_coef` is 1
@@ -202,10 +211,13 @@ def _op(
         None if ref_logprobs is None else pick(ref_logprobs).to(dtype),
         None if kl_coefs is None else pick(kl_coefs).to(dtype),
         mask if kept.blank else None,
+        None if weights is None else pick(weights).to(dtype),
     )
     if hidden.device.type == "cpu":
         check_values(tokens.targets, temperature_n, len(weight))
-    recipe = Recipe(clip_low, clip_high, dual_clip, kl_coef, kl_estimator, entropy_coef)
+    recipe = Recipe(
+        loss, clip_low, clip_high, dual_clip, cap_low, cap_high, kl_coef, kl_estimator, entropy_coef
+    )
     scale = torch.ones_like(denom) if hidden.dtype == torch.float16 else 1 / denom
     x, head = pick(hidden), Head(weight, bias, softcap, logit_scale)
     if backend == "triton":
@@ -222,56 +234,29 @@ def _op(
         hidden.new_empty(0, dtype=d) if x is None else x.to(d)
         for x, d in zip((dx, dw, db), (dtype, saved, saved))
     )
-    return *_total(logprobs, entropy, tokens, recipe, denom), dx, dw, db
+    return *recipe.total(logprobs, entropy, tokens, denom), dx, dw, db
 
 
 def _saved_dtype(weight: Tensor) -> torch.dtype:
     return torch.float32 if weight.dtype == torch.float16 else weight.dtype
 
 
-def _total(
-    logprobs: Tensor, entropy: Tensor, tokens: Tokens, recipe: Recipe, denom: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The specification's own text, on rows that are as good as all unmasked: a few vectors."""
-    counts = torch.ones_like(logprobs, dtype=torch.bool) if tokens.counts is None else tokens.counts
-    loss, metrics = reference.ppo_loss(
-        logprobs,
-        tokens.old_logprobs,
-        tokens.advantages,
-        counts,
-        denom=denom,
-        clip_low=recipe.clip_low,
-        clip_high=recipe.clip_high,
-        dual_clip=recipe.dual_clip,
-    )
-    mean_entropy = tokens.only_counting(entropy).sum() / denom
-    values = [loss, *metrics.values(), mean_entropy]
-    loss = loss - recipe.entropy_coef * mean_entropy
-    if tokens.ref_logprobs is not None:
-        d = logprobs - tokens.ref_logprobs
-        kl = tokens.only_counting(reference.kl_estimate(d, recipe.kl_estimator))
-        values.append(kl.sum() / denom)
-        cost = kl if tokens.kl_coefs is None else kl * tokens.kl_coefs
-        loss = loss + recipe.kl_coef * (cost.sum() / denom)
-    return loss, torch.stack(values)
-
-
 @_op.register_fake
 def _(
-    hidden, weight, targets, old_logprobs, advantages, mask, denom, clip_low, clip_high, dual_clip,
-    ref_logprobs, kl_coef, kl_coefs, kl_estimator, entropy_coef, temperature, temperatures, bias,
-    softcap, logit_scale, backend, wanted,
+    hidden, weight, targets, old_logprobs, advantages, mask, denom, weights, loss, clip_low,
+    clip_high, dual_clip, cap_low, cap_high, ref_logprobs, kl_coef, kl_coefs, kl_estimator,
+    entropy_coef, temperature, temperatures, bias, softcap, logit_scale, backend, wanted,
 ):  # fmt: skip
     dtype = stat_dtype(hidden, weight)
     count = len(METRICS) - (ref_logprobs is None)
-    loss, metrics = hidden.new_empty((), dtype=dtype), hidden.new_empty(count, dtype=dtype)
+    out, metrics = hidden.new_empty((), dtype=dtype), hidden.new_empty(count, dtype=dtype)
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     dtypes = (dtype, _saved_dtype(weight), _saved_dtype(weight))
     gradients = [
         hidden.new_empty(shape if yes else 0, dtype=d)
         for shape, yes, d in zip(shapes, wanted, dtypes)
     ]
-    return loss, metrics, *gradients
+    return out, metrics, *gradients
 
 
 def _setup(ctx, inputs, output):
@@ -290,7 +275,7 @@ def _backward(ctx, g_loss, *_):
         number if tensor is None else tensor
         for tensor, number in zip(ctx.saved_tensors, ctx.numbers)
     ]
-    hidden, weight, bias, denom = (*inputs[:2], inputs[17], inputs[6])
+    hidden, weight, bias, denom = (*inputs[:2], inputs[BIAS], inputs[6])
     backend, wanted = inputs[-2:]
     if g_loss is None:
         return (None,) * len(inputs)
@@ -300,7 +285,7 @@ def _backward(ctx, g_loss, *_):
         gradients, in_place = _op(*inputs)[2:], True
     factor = g_loss / denom if hidden.dtype == torch.float16 else g_loss
     out: list[Tensor | None] = [None] * len(inputs)
-    for i, x, gradient, yes in zip((0, 1, 17), (hidden, weight, bias), gradients, wanted):
+    for i, x, gradient, yes in zip((0, 1, BIAS), (hidden, weight, bias), gradients, wanted):
         if yes:
             out[i] = _scaled(gradient, factor, x.dtype, in_place, backend)
     return tuple(out)
@@ -337,10 +322,13 @@ def linear_policy_loss(
     advantages: Tensor,  # (N), no gradient
     *,
     mask: Tensor,  # (N) bool
-    denom: float | Tensor,  # the GLOBAL number of tokens, a number or ()
+    denom: float | Tensor,  # the GLOBAL number of tokens, a number or (); or (N): each row's own
+    loss: str = "ppo",  # or "cispo"
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    cap_low: float = 0.0,  # for "cispo"
+    cap_high: float = 5.0,
     ref_logprobs: Tensor | None = None,  # (N), no gradient
     kl_coef: float | Tensor = 0.0,  # a number, or (N), no gradient
     kl_estimator: str = "k3",
@@ -358,6 +346,9 @@ def linear_policy_loss(
         kl = kl_estimate(stats.logprobs - ref_logprobs, kl_estimator)
         loss += ((kl_coef * kl - entropy_coef * stats.entropy) * mask).sum() / denom
 
+    or cispo_loss(..., cap_low=cap_low, cap_high=cap_high) in place of ppo_loss. gspo_loss cannot be
+    formed here: the ratio of a sequence is known only after its last token.
+
     Gradients flow through all three terms to hidden, weight and bias. They are formed in the
     forward, where a gradient is wanted, and kept until the backward: forward + backward cost 6NHV.
     Metrics are detached sums over mask / denom: policy, ratio, clipfrac, approxkl, entropy, and kl
@@ -373,6 +364,8 @@ def linear_policy_loss(
         checks.shape(name, checks.floats(name, x), targets.shape, "one for each row")
     checks.shape("mask", checks.bools("mask", mask), targets.shape, "one for each row")
     checks.same_device(hidden=hidden, mask=mask, **rows)
+    checks.one_of("loss", loss, ("ppo", "cispo"))
+    checks.caps(cap_low, cap_high)
     checks.number("clip_low", clip_low, at_least=0)
     checks.number("clip_high", clip_high, at_least=0)
     if dual_clip is not None:
@@ -390,14 +383,10 @@ def linear_policy_loss(
     temperature, temperatures = temperature_arguments(temperature, targets)
     softcap, logit_scale = transform_arguments(softcap, logit_scale)
     dtype = stat_dtype(hidden, weight)
-    denom = checks.denominator(denom)
-    if isinstance(denom, Tensor):
-        denom = denom.detach().to(hidden.device, dtype)
-    else:
-        denom = hidden.new_full((), denom, dtype=dtype)
+    denom, weights = denominators(checks.denominator(denom, mask), mask, dtype)
     grad = torch.is_grad_enabled()
     wanted = [x is not None and grad and x.requires_grad for x in (hidden, weight, bias)]
-    loss, metrics, *_ = _op(
+    total, metrics, *_ = _op(
         hidden,
         weight,
         targets,
@@ -405,9 +394,13 @@ def linear_policy_loss(
         advantages.detach(),
         mask,
         denom,
+        weights,
+        loss,
         float(clip_low),
         float(clip_high),
         None if dual_clip is None else float(dual_clip),
+        float(cap_low),
+        float(cap_high),
         None if ref_logprobs is None else ref_logprobs.detach(),
         float(kl_coef),
         kl_coefs,
@@ -421,4 +414,4 @@ def linear_policy_loss(
         choose_backend(backend, hidden),
         wanted,
     )
-    return LossOut(loss, dict(zip(METRICS, metrics.detach().unbind())))
+    return LossOut(total, dict(zip(METRICS, metrics.detach().unbind())))

@@ -41,6 +41,8 @@ SIGNATURES = {
     "ppo_loss": "logprobs old_logprobs advantages mask * denom clip_low=0.2 clip_high=0.2 "
     "dual_clip=None",
     "value_loss": "values old_values returns mask * denom clip=0.2",
+    "cispo_loss": "logprobs old_logprobs advantages mask * denom cap_low=0.0 cap_high=5.0",
+    "gspo_loss": "logprobs old_logprobs advantages mask * clip_low=0.0003 clip_high=0.0004",
     "preference_loss": "chosen rejected * margin=None label_smoothing=0.0",
     "difference_objective": "rewards",
     "meta_ascent": "params lr * normalise=False",

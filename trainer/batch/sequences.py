@@ -113,7 +113,7 @@ class Sequences:
         return torch.segment_reduce(flat, "sum", offsets=self.cu_answers.long(), initial=0)
 
     def padded(self, flat: Tensor) -> Tensor:
-        """(n) -> (S, T), zeros behind each answer: for a person or a test to look at."""
+        """(n) -> (S, T), zeros behind each answer: for what looks at whole answers."""
         steps = torch.arange(int(self.answer_lengths.max())) < self.answer_lengths.unsqueeze(1)
         inside = on_device(steps)
         return flat.new_zeros(inside.shape).masked_scatter(inside, flat)

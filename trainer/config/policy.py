@@ -99,11 +99,33 @@ class Ppo(Section, at="ppo"):
     grad_clip: float = key(1.0, "Largest gradient norm, of the policy and of the critic.", above=0)
     gamma: float = key(1.0, "Discount.", low=0, high=1)
     lam: float = key(0.95, "GAE's lambda.", low=0, high=1)
-    clip_low: float = key(0.2, "The ratio is clipped at 1 - clip_low.", above=0, below=1)
-    clip_high: float = key(0.2, "The ratio is clipped at 1 + clip_high.", above=0)
+    loss: Literal["ppo", "gspo", "cispo"] = key(
+        "ppo",
+        "ppo: each token's ratio is clipped; gspo: each answer's; cispo: no token is dropped, its "
+        "weight is capped.",
+    )
+    aggregate: Literal["token", "sequence", "constant"] = key(
+        "token",
+        "How the loss is averaged: every token alike, every answer alike, or a sum over "
+        "rollout.max_new_tokens times the answers (Dr. GRPO, with advantages=leave_one_out). gspo "
+        "averages over answers by itself: then it is for the penalties in the loss.",
+    )
+    clip_low: float = key(0.2, "loss=ppo: clipped at 1 - clip_low.", above=0, below=1)
+    clip_high: float = key(0.2, "loss=ppo: clipped at 1 + clip_high.", above=0)
+    gspo_clip: tuple[float, float] = key(
+        (3e-4, 4e-4),
+        "loss=gspo: an answer's ratio is clipped at 1 - the first and 1 + the second.",
+        such_that(lambda clip: 0 < clip[0] < 1 and clip[1] > 0, "[low, high] more than 0"),
+    )
+    cispo_cap: tuple[float, float] = key(
+        (0.0, 5.0),
+        "loss=cispo: bounds of a token's weight.",
+        such_that(lambda cap: 0 <= cap[0] <= cap[1], "[low, high] with 0 <= low <= high"),
+    )
     dual_clip: float = key(
         0.0,
-        "With a negative advantage the loss is bounded at dual_clip * |A|; more than 1, or 0: off.",
+        "loss=ppo: with a negative advantage the loss is bounded at dual_clip * |A|; more than 1, "
+        "or 0: off.",
         such_that(lambda clip: clip == 0 or clip > 1, "more than 1, or 0 (off)"),
     )
     value_clip: float = key(
@@ -124,7 +146,12 @@ class Ppo(Section, at="ppo"):
         "none",
         "Weigh the policy loss by trainer's over engine's probability, of each token or sequence.",
     )
-    importance_cap: float = key(2.0, "Largest such weight: truncated importance sampling.", low=1)
+    importance_cap: float = key(2.0, "Largest such weight.", low=1)
+    importance_beyond: Literal["cap", "mask"] = key(
+        "cap",
+        "A larger one becomes importance_cap (truncated importance sampling) or 0: the token or "
+        "the answer is left out (masked importance sampling).",
+    )
 
     @property
     def sequences_per_step(self) -> int:
@@ -144,6 +171,16 @@ class Ppo(Section, at="ppo"):
             self.has_critic or self.samples_per_prompt > 1,
             "samples_per_prompt",
             f"2 or more with advantages={self.advantages}, which compares answers to one prompt",
+        )
+        self.require(
+            self.loss != "gspo" or not self.has_critic,
+            "advantages",
+            "group_norm or leave_one_out with loss=gspo: one advantage for an answer",
+        )
+        self.require(
+            self.loss != "gspo" or self.importance != "token",
+            "importance",
+            "none or sequence with loss=gspo: one weight for an answer",
         )
 
 

@@ -98,7 +98,11 @@ def assess(t: Setup, answers: Answers, raw: dict[str, Tensor], seen: View, step:
     synced, bound = t.actors.engine.synced, config.rollout.logprob_bound
     told = check_logprobs(answers.rollout, exp.logprobs, bound, synced)
     importance, figures = importance_weights(
-        answers.rollout, exp.logprobs, config.ppo.importance, config.ppo.importance_cap
+        answers.rollout,
+        exp.logprobs,
+        config.ppo.importance,
+        config.ppo.importance_cap,
+        config.ppo.importance_beyond,
     )
     if config.groups.returns == "penalised":
         returns = returns - kl_coef * exp.seq_kl

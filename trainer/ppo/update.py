@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 import gikernels
-from gikernels import LossOut
 from trainer import parallel
 from trainer.batch.order import minibatches
 from trainer.batch.sequences import on_device
-from trainer.models.policy import Head
 from trainer.ppo.build import Setup
 from trainer.ppo.experience import Batch, explained_variance
+from trainer.ppo.objective import Piece, objective
 from trainer.runs.averages import Averages
 from trainer.runs.loop import Metrics
 
@@ -78,50 +77,29 @@ def groups_now(t: Setup, batch: Batch) -> Tensor:
 
 def train_policy(t: Setup, step: int, batch: Batch, weights: Tensor, updates: Averages) -> None:
     """Stage 2: the clipped surrogate with advantages times `weights` (S), and importance weights;
-    the loss and its gradients are formed inside the policy's forward, from hidden states."""
+    the loss is formed inside the policy's forward, from hidden states (`objective`)."""
     config, exp, policy = t.config, batch.experience, t.actors.policy
     each = weights[batch.sequences.sequence_of]
     if batch.importance is not None:
         each = each * batch.importance
     advantages = exp.advantages * each
-    kl_coef = batch.kl_coef[batch.sequences.sequence_of] if config.ppo.kl_in_loss else 0.0
-    # k3 for k1, whose gradient is zero in expectation
-    estimator = config.kl.estimator if config.kl.estimator in ("k2", "k3") else "k3"
+    kl_coef = batch.kl_coef[batch.sequences.sequence_of] if config.ppo.kl_in_loss else None
     policy.train()
     for epoch in range(config.ppo.ppo_epochs):
         for chosen in shuffled(t, "policy", step, epoch):
             part = batch.sequences.rows(chosen)
             for rows, weight in part.pieces(config.trainer.tokens_per_microbatch):
                 where = batch.sequences.flat(chosen[rows])
-
-                def ask(
-                    hidden: Tensor,
-                    head: Head,
-                    targets: Tensor,
-                    where: Tensor = where,
-                    weight: int = weight,
-                    denom: int = part.count,
-                ) -> LossOut:
-                    return gikernels.linear_policy_loss(
-                        hidden,
-                        head.weight,
-                        targets,
-                        exp.logprobs[where],
-                        advantages[where],
-                        mask=advantages.new_full(where.shape, bool(weight), dtype=torch.bool),
-                        denom=denom,
-                        clip_low=config.ppo.clip_low,
-                        clip_high=config.ppo.clip_high,
-                        dual_clip=config.ppo.dual_clip or None,
-                        ref_logprobs=exp.ref_logprobs[where] if config.ppo.kl_in_loss else None,
-                        kl_coef=kl_coef[where] if isinstance(kl_coef, Tensor) else kl_coef,
-                        kl_estimator=estimator,
-                        entropy_coef=config.ppo.entropy_coef,
-                        temperature=config.rollout.temperature,
-                        **head.options,
-                    )
-
-                loss, figures = policy(part.rows(rows), ask)
+                rows_now = part.rows(rows)
+                piece = Piece(
+                    rows_now,
+                    exp.logprobs[where],
+                    advantages[where],
+                    advantages.new_full(where.shape, bool(weight), dtype=torch.bool),
+                    None if kl_coef is None else exp.ref_logprobs[where],
+                    0.0 if kl_coef is None else kl_coef[where],
+                )
+                loss, figures = policy(rows_now, objective(config, part, piece))
                 told = {k: figures[k] for k in ("ratio", "clipfrac", "approxkl")}
                 updates.add("policy", {"loss": loss, **told})
                 loss.backward()

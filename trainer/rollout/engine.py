@@ -137,9 +137,10 @@ def check_logprobs(
 
 
 def importance_weights(
-    rollout: Rollout, logprobs: Tensor, kind: str, cap: float
+    rollout: Rollout, logprobs: Tensor, kind: str, cap: float, beyond: str
 ) -> tuple[Tensor | None, dict[str, float]]:
-    """(n) factors of the policy loss, min(ours / the engine's probability, cap), and metrics.
+    """(n) factors of the policy loss, ours / the engine's probability, and metrics. One over `cap`
+    becomes `cap` (truncated importance sampling), or with `beyond` mask 0 (masked).
 
     Answers come from the engine's distribution, whose rounding is not the trainer's. `token` weighs
     each token by its own ratio, `sequence` a whole answer by the product of its tokens' ratios;
@@ -150,12 +151,15 @@ def importance_weights(
     log_ratio = (logprobs - rollout.logprobs).double()
     if kind == "sequence":
         log_ratio = rollout.sequences.sums(log_ratio)
-    weights = log_ratio.exp().clamp(max=cap)
+    ratio = log_ratio.exp()
+    weights = ratio.masked_fill(ratio > cap, 0) if beyond == "mask" else ratio.clamp(max=cap)
     metrics = {
         "importance/mean": float(weights.mean()),
-        "importance/capped": float((weights >= cap).double().mean()),
+        "importance/capped": float((ratio >= cap).double().mean()),
         # 1: as good as samples of our own; 0.5: half of them are as good as lost
-        "importance/effective": float(weights.sum() ** 2 / (len(weights) * weights.square().sum())),
+        "importance/effective": float(
+            weights.sum() ** 2 / (len(weights) * weights.square().sum()).clamp(min=1e-300)
+        ),
     }
     if kind == "sequence":
         weights = weights[rollout.sequences.sequence_of]

@@ -44,7 +44,61 @@ def test_ppo_loss_by_the_token(knobs):
     assert (new.grad != 0).sum() == mask.sum() - round(clipped)
 
 
-@pytest.mark.parametrize("loss", [gk.ppo_loss, gk.value_loss])
+def test_cispo_loss_by_the_token():
+    (new, old, advantages), mask = tokens()
+    new.requires_grad_()
+    out = gk.cispo_loss(new, old, advantages, mask, denom=17, cap_low=0.5, cap_high=1.5)
+    want = capped = 0.0
+    slope = torch.zeros_like(new)
+    for i, t in mask.nonzero().tolist():
+        a, ratio = advantages[i, t].item(), math.exp(new[i, t].item() - old[i, t].item())
+        weight = min(max(ratio, 0.5), 1.5)
+        want -= weight * a * new[i, t].item()
+        slope[i, t] = -weight * a / 17
+        capped += weight != ratio
+    assert math.isclose(out.loss.item(), want / 17, rel_tol=1e-12)
+    assert math.isclose(out.metrics["clipfrac"].item(), capped / 17)
+    out.loss.backward()
+    assert torch.allclose(new.grad, slope)  # every token has one, those beyond a cap too
+
+
+@pytest.mark.parametrize("denom", [None, 7, "own"])
+def test_gspo_loss_by_the_sequence(denom):
+    (new, old, _), mask = tokens()
+    advantages = torch.tensor([NAN, 1.0, -0.5, 2.0], dtype=torch.float64)  # of an empty one: NaN
+    new.requires_grad_()
+    own = torch.tensor([1.0, 3.0, 4.0, 5.0], dtype=torch.float64)
+    out = gk.gspo_loss(new, old, advantages, mask, clip_low=0.1, clip_high=0.2,
+                       denom=own if denom == "own" else denom)  # fmt: skip
+    want = clipped = 0.0
+    for i in (1, 2, 3):
+        a, n = advantages[i].item(), mask[i].sum()
+        ratio = math.exp(((new[i] - old[i])[mask[i]].sum() / n).item())
+        loss = max(-ratio * a, -min(max(ratio, 0.9), 1.2) * a)
+        over = {None: 3, 7: 7, "own": own[i].item()}[denom]
+        want, clipped = want + loss / over, clipped + (loss != -ratio * a) / over
+    assert math.isclose(out.loss.item(), want, rel_tol=1e-12)
+    assert math.isclose(out.metrics["clipfrac"].item(), clipped)
+    out.loss.backward()
+    assert torch.isfinite(new.grad).all() and (new.grad[~mask] == 0).all()
+    assert (new.grad != 0).any()
+
+
+def test_answers_alike_and_a_constant():
+    """GRPO's mean of means, and Dr. GRPO's sum over a constant, are denominators."""
+    (new, old, advantages), mask = tokens()
+    mask[0, 3] = True
+    rows = [x.masked_fill(~mask, 0).nan_to_num(posinf=0, neginf=0) for x in (new, old, advantages)]
+    ratio = (rows[0] - rows[1]).exp()
+    each = torch.maximum(-ratio * rows[2], -ratio.clamp(0.8, 1.2) * rows[2])
+    lengths = mask.sum(1, keepdim=True)
+    alike = gk.ppo_loss(*rows, mask, denom=(4.0 * lengths).expand(4, 9)).loss
+    assert torch.allclose(alike, ((each * mask).sum(1) / lengths[:, 0]).mean())
+    constant = gk.ppo_loss(*rows, mask, denom=4 * 9).loss
+    assert torch.allclose(constant, (each * mask).sum() / 36)
+
+
+@pytest.mark.parametrize("loss", [gk.ppo_loss, gk.cispo_loss, gk.value_loss])
 def test_micro_batches_add_up(loss):
     """Loss, gradient and every metric, however the batch is cut."""
     (x, old, other), mask = tokens()
@@ -84,6 +138,7 @@ def test_gradients():
     checked = [
         lambda x: gk.ppo_loss(x, old, advantages, mask, denom=3, dual_clip=2.0).loss,
         lambda x: gk.value_loss(x, old, advantages, mask, denom=3).loss,
+        lambda x: gk.gspo_loss(x, old, advantages[:, 0].nan_to_num(neginf=1), mask).loss,
         lambda x: gk.preference_loss(x[0], x[1], margin=0.3, label_smoothing=0.1),
         gk.difference_objective,
     ]
@@ -94,7 +149,8 @@ def test_gradients():
 def test_nothing_unmasked_is_zero_with_zero_gradient():
     x = torch.full((2, 3), NAN, requires_grad=True)
     mask = torch.zeros(2, 3, dtype=torch.bool)
-    for loss in (gk.ppo_loss, gk.value_loss):
+    of_answers = lambda x, *_, denom: gk.gspo_loss(x, x, x[:, 0], mask, denom=denom)  # noqa: E731
+    for loss in (gk.ppo_loss, gk.cispo_loss, gk.value_loss, of_answers):
         out = loss(x, x, x, mask, denom=1)
         out.loss.backward()
         assert out.loss == 0 and all(m == 0 for m in out.metrics.values())
@@ -112,7 +168,8 @@ def test_bf16_inputs_give_fp32_sums():
 def test_compiles_whole():
     (new, old, advantages), mask = tokens(torch.float32)
     denom = torch.tensor(7.0)
-    for loss in (gk.ppo_loss, gk.value_loss):
+    of_answers = lambda a, b, c, mask, denom: gk.gspo_loss(a, b, c[:, 1], mask, denom=denom)  # noqa: E731
+    for loss in (gk.ppo_loss, gk.cispo_loss, gk.value_loss, of_answers):
         f = torch.compile(
             lambda *a, loss=loss: loss(*a, denom=denom), fullgraph=True, backend="eager"
         )
@@ -158,6 +215,18 @@ X, M, P = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.zeros(4)
         ("clip_low", lambda: gk.ppo_loss(X, X, X, M, denom=1, clip_low=-0.1)),
         ("clip_high", lambda: gk.ppo_loss(X, X, X, M, denom=1, clip_high=NAN)),
         ("dual_clip", lambda: gk.ppo_loss(X, X, X, M, denom=1, dual_clip=1.0)),
+        ("denom", lambda: gk.ppo_loss(X, X, X, M, denom=torch.ones(2))),
+        ("cap_low", lambda: gk.cispo_loss(X, X, X, M, denom=1, cap_low=-0.1)),
+        ("cap_high", lambda: gk.cispo_loss(X, X, X, M, denom=1, cap_low=2, cap_high=1.5)),
+        ("old_logprobs", lambda: gk.cispo_loss(X, X[:1], X, M, denom=1)),
+        ("logprobs", lambda: gk.gspo_loss(P, P, P, P > 0)),
+        ("advantages", lambda: gk.gspo_loss(X, X, X, M)),
+        ("old_logprobs", lambda: gk.gspo_loss(X, X[:1], X[:, 0], M)),
+        ("mask", lambda: gk.gspo_loss(X, X, X[:, 0], X)),
+        ("clip_low", lambda: gk.gspo_loss(X, X, X[:, 0], M, clip_low=2)),
+        ("clip_high", lambda: gk.gspo_loss(X, X, X[:, 0], M, clip_high=-1)),
+        ("denom", lambda: gk.gspo_loss(X, X, X[:, 0], M, denom=0)),
+        ("denom", lambda: gk.gspo_loss(X, X, X[:, 0], M, denom=X)),
         ("values", lambda: gk.value_loss(None, X, X, M, denom=1)),
         ("old_values", lambda: gk.value_loss(X, X[0], X, M, denom=1)),
         ("returns", lambda: gk.value_loss(X, X, X[0], M, denom=1)),

@@ -177,12 +177,13 @@ def test_stop_texts_end_an_answer(setup):
     assert check_logprobs(rollout, ours, 1e-4)["rollout/logprob_diff_max"] < 1e-4
 
 
+@pytest.mark.parametrize("beyond", ["cap", "mask"])
 @pytest.mark.parametrize("kind", ["none", "token", "sequence"])
-def test_importance_weights(setup, kind):
+def test_importance_weights(setup, kind, beyond):
     rollout = generate(setup()[3])
     torch.manual_seed(0)
     ours = rollout.logprobs + 0.5 * torch.randn(rollout.logprobs.shape)
-    weights, metrics = importance_weights(rollout, ours, kind, 1.5)
+    weights, metrics = importance_weights(rollout, ours, kind, 1.5, beyond)
     if kind == "none":
         assert weights is None and metrics == {}
         return
@@ -190,10 +191,11 @@ def test_importance_weights(setup, kind):
     for ratios in (ours - rollout.logprobs).exp().split(rollout.sequences.answer_lengths.tolist()):
         if kind == "sequence":
             ratios = ratios.prod().expand(len(ratios))
-        want.append(ratios.clamp(max=1.5))
-        part = want[-1][: 1 if kind == "sequence" else None]
-        each += part.tolist()
-        capped += (part == 1.5).tolist()
+        over = torch.tensor(1.5 if beyond == "cap" else 0.0)
+        want.append(torch.where(ratios > 1.5, over, ratios))
+        first = slice(1 if kind == "sequence" else None)
+        each += want[-1][first].tolist()
+        capped += (ratios[first] > 1.5).tolist()
     torch.testing.assert_close(weights, torch.cat(want))
     assert metrics["importance/mean"] == pytest.approx(sum(each) / len(each))
     assert metrics["importance/capped"] == pytest.approx(sum(capped) / len(capped))
