@@ -11,6 +11,7 @@ from gikernels.backends.dispatch import (
     backends,
 )
 from gikernels.backends.settings import workspace
+from gikernels.groups.draw import GroupDraw
 from gikernels.groups.partition import partition
 from gikernels.groups.stats import (
     group_advantages,
@@ -53,6 +54,7 @@ __all__ = [
     "BackendUnavailable",
     "Experience",
     "Gae",
+    "GroupDraw",
     "GroupStats",
     "KernelError",
     "LossOut",

@@ -104,6 +104,19 @@ class Sequences:
             None if self.prompt_of is None else self.prompt_of[index],
         )
 
+    @staticmethod
+    def joined(parts: Sequence[Sequences]) -> Sequences:
+        """One after another; prompts are shared within each."""
+        first, shared = [0], [part.prompt_of for part in parts if part.prompt_of is not None]
+        for names in shared:
+            first.append(first[-1] + int(names.max()) + 1)
+        return Sequences(
+            torch.cat([part.tokens for part in parts]),
+            torch.cat([part.prompt_lengths for part in parts]),
+            torch.cat([part.lengths for part in parts]),
+            torch.cat([names + at for names, at in zip(shared, first)]) if shared else None,
+        )
+
     def flat(self, index: Tensor) -> Tensor:
         """Where the answer tokens of some sequences stand among all flat ones; on the device."""
         return on_device(ranges(self.answer_starts[index], self.answer_lengths[index]))

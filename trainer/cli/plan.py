@@ -59,7 +59,7 @@ def _stage(config: Config, stage: str) -> str:
     ppo, groups = config.ppo, config.groups
     tokens = ppo.steps * ppo.sequences_per_step * config.rollout.max_new_tokens
     how = (
-        f"groups {groups.inference} (M = {groups.num_groups}, focus {groups.focus:g}, beta "
+        f"groups {groups.inference} (M = {groups.num_groups}, draw {groups.draw}, beta "
         f"{groups.beta:g}, performance {groups.performance})"
         if groups.active
         else "no groups"

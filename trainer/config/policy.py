@@ -204,18 +204,35 @@ class Groups(Section, at="groups"):
         "largest; soft: the head's probabilities, which one noisy return a sequence keeps "
         "close to each other.",
     )
+    draw: Literal["even", "variance", "gdro", "progress", "signal", "bandit", "dynamic", "none"] = (
+        key(
+            "even",
+            "Which prompts are answered. even: each group equally often; variance: as the paper's "
+            "objective asks; gdro, progress, bandit, signal: neighbours from the literature; "
+            "dynamic: as they come, less those whose answers all score the same; none: as they "
+            "come.",
+            basic=True,
+        )
+    )
     focus: float = key(
         1.0,
-        "Share of a step's prompts that are drawn so that each group is met equally often; 0: "
-        "prompts as they come. Needs on=prompt.",
+        "Share of a step's prompts that are drawn by that rule, the others as they come; 0: as "
+        "draw=none. Needs on=prompt.",
         low=0,
         high=1,
         want="a share, 0 to 1",
-        basic=True,
+    )
+    draw_beta: float = key(1.0, "draw=variance: weight of the variance between groups.", low=0)
+    draw_rate: float = key(0.05, "draw=gdro, progress: step of the rates.", low=0)
+    draw_floor: float = key(
+        0.02, "Least share of a step's prompts for a group that there is.", low=0, below=1
+    )
+    draw_rounds: int = key(
+        3, "draw=dynamic: at most so many times a step's prompts are sampled.", low=2, high=100
     )
     pool: int = key(
         4,
-        "Prompts to choose from for each one that is drawn, where focus > 0.",
+        "Prompts to choose from for each one that is drawn, where groups choose.",
         low=2,
         high=1000,
     )
@@ -294,11 +311,22 @@ class Groups(Section, at="groups"):
         """performance; plain PPO compares no prompts, and asks for no reference answers."""
         return self.performance if self.active else "raw"
 
+    @property
+    def choose(self) -> bool:
+        """Whether the groups choose prompts, from a pool."""
+        return self.active and self.focus > 0 and self.draw not in ("dynamic", "none")
+
     def relations(self) -> None:
         self.require(
-            not (self.focus and self.has_head and self.on == "response"),
+            not (self.choose and self.has_head and self.on == "response"),
             "on",
-            "prompt where groups.focus > 0: prompts are drawn before they have a response",
+            f"prompt with groups.draw={self.draw}: prompts are drawn before they have a response",
+        )
+        self.require(
+            self.draw != "dynamic" or self.compared in ("raw", "rating"),
+            "draw",
+            f"another rule than dynamic with groups.performance={self.performance}, whose "
+            "reference answers are sampled before a step's prompts are known",
         )
 
 
@@ -322,6 +350,11 @@ class Kl(Section, at="kl"):
         low=0,
         high=1,
         basic=True,
+    )
+    shape: Literal["easiest", "graded"] = key(
+        "easiest",
+        "Adaptive: eta for the easiest group and floor * eta for all others; or from floor * eta "
+        "to eta in equal steps, hardest to easiest.",
     )
     estimator: Literal["k1", "k2", "k3", "exact"] = key(
         "k1", "Of the KL at a token; exact: over the whole vocabulary."

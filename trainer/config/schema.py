@@ -63,6 +63,11 @@ class Config(Section):
                 "rm.rating > 0 with it: only then are scores of different prompts comparable",
             )
         self.require(
+            self.groups.draw != "dynamic" or self.ppo.samples_per_prompt > 1,
+            "ppo.samples_per_prompt",
+            "2 or more with groups.draw=dynamic, which drops prompts whose answers score the same",
+        )
+        self.require(
             not self.kl.controller or len(self.kl.target) in (1, self.groups.num_groups),
             "kl.target",
             f"one number, or one for each of {self.groups.num_groups} groups",

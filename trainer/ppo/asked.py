@@ -27,7 +27,7 @@ class Asked:
         self.seed, self.refresh = config.run.seed, groups.refresh
         self.size = config.ppo.prompts_per_step * groups.pool
         self.coming = -(-self.size // groups.refresh)  # prompts that come into the pool a step
-        rows = len(prompts) if groups.has_head and groups.focus else 0
+        rows = len(prompts) if groups.has_head and groups.choose else 0
         self.logits = torch.zeros(rows, num_groups, device=parallel.device())
         self.steps = torch.full((rows,), -1)  # on the CPU
 

@@ -21,7 +21,7 @@ from trainer.batch.sequences import Piece, Sequences, gathered, on_device
 from trainer.config import Config
 from trainer.models.policy import Head, Policy, log_probabilities
 from trainer.ppo.build import Setup
-from trainer.ppo.draw import Answers, focused
+from trainer.ppo.draw import Answers, chooses
 from trainer.ppo.forward import View
 from trainer.ppo.groups import performance
 from trainer.rollout.engine import check_logprobs, importance_weights
@@ -60,6 +60,12 @@ class Batch:
     def sequences(self) -> Sequences:
         return self.answers.sequences
 
+    @property
+    def signal(self) -> Tensor:  # (S)
+        """Mean |advantage| of each answer: how much there is to learn from it."""
+        sizes = self.sequences.sums(self.experience.advantages.abs())
+        return sizes / on_device(self.sequences.answer_lengths)
+
     def metrics(self) -> Metrics:
         exp, parts = self.experience, {**self.raw}
         out = {
@@ -87,7 +93,7 @@ def assess(t: Setup, answers: Answers, raw: dict[str, Tensor], seen: View, step:
         None if reference is None else normaliser.bounded(reference),
         normaliser.scale,
     )
-    if focused(t, step):
+    if chooses(t, step):
         if seen.group_logits is not None:  # of each prompt's first answer; it reads the prompt
             t.signals.asked.tell(answers.chosen, seen.group_logits[:: answers.samples], step)
     else:

@@ -26,6 +26,7 @@ import gikernels
 from trainer import parallel
 from trainer.batch.types import Prompt
 from trainer.config import Config
+from trainer.config.policy import Kl
 from trainer.data.errors import DataError
 
 
@@ -57,9 +58,17 @@ class Groups:
         self.cuts = torch.arange(1, self.num, device=device) - 0.5
         self.share: Tensor | None = None  # (M) of the pool that prompts were last drawn from
         self.dro = torch.full((self.num,), 1 / self.num, device=device)
-        floor = self.kl.floor if self.kl.adaptive else 1.0
-        self.coefs = torch.full((self.num,), self.kl.coef * floor, device=device)  # of each group
-        self.coefs[-1] = self.kl.coef
+        chosen = self.config
+        self.draw = gikernels.GroupDraw(
+            chosen.draw if chosen.draw != "dynamic" else "none",
+            self.num,
+            beta=chosen.draw_beta,
+            rate=chosen.draw_rate,
+            floor=chosen.draw_floor,
+            memory=chosen.ema,
+            device=device,
+        )
+        self.coefs = coefficients(self.kl, self.num).to(device)  # eta_g
 
     @property
     def has_head(self) -> bool:
@@ -84,14 +93,17 @@ class Groups:
         if config.performance in ("over_reference", "quantile"):
             answers = f" ({config.reference_answers} reference answers a prompt)"
         parts.append(f"performance {config.performance}{answers}")
-        if config.focus:
-            parts.append(f"prompts drawn evenly from the groups (focus {config.focus:g})")
+        if config.choose:
+            part = "" if config.focus == 1 else f" (focus {config.focus:g})"
+            parts.append(f"prompts drawn by the rule {config.draw}{part}")
         if config.objective != "variance":
             parts.append(f"objective {config.objective}")
         elif config.beta:
             parts.append(f"weights by the variance (beta {config.beta:g})")
         if self.kl.adaptive:
-            kl += f", relaxed to {self.kl.coef * self.kl.floor:g} on hard sequences"
+            low = f"{self.kl.coef * self.kl.floor:g}"
+            how = "step by step to" if self.kl.shape == "graded" else "to"
+            kl += f", relaxed {how} {low} on hard sequences"
         return ", ".join([*parts, kl])
 
     # --- who belongs where ---
@@ -130,16 +142,30 @@ class Groups:
     def drawing_weights(self, logits: Tensor | None, prompts: list[Prompt]) -> Tensor:
         """(n): how likely each prompt of a pool is to be taken, up to a common factor.
 
-        With focus 1 every group is met equally often, whatever its share of the data. A weight of
-        a policy gradient has the same mean, but leaves the hard group with its few noisy answers;
-        this gives it more of them.
+        A weight of a policy gradient has the same mean, but leaves the hard group with its few
+        noisy answers; this gives it more of them.
         """
         self.cut(logits)
         probs = self.probs(logits, prompts)
         self.share = probs.mean(0)
-        present = (self.share > 0).sum()
+        believed = None if logits is None else logits.softmax(-1)[:, self.order]
         focus = self.config.focus
-        return probs @ (1 - focus + focus / (present * self.share.clamp(min=1e-9)))
+        return (1 - focus + focus * self.draw.weights(probs, believed)).float()
+
+    def learn(
+        self,
+        probs: Tensor,  # (S, M)
+        performance: Tensor,  # (S)
+        labels: Tensor | None,  # (S) what the head learns to predict
+        advantages: Tensor,  # (S) mean |A| of each answer
+    ) -> None:
+        """What this step's answers say of the groups, for the steps to come."""
+        believed = None
+        if self.inference == "exact" and self.num > 1:
+            believed = torch.zeros_like(probs)  # nobody anywhere: nothing is learnt of beliefs
+            if labels is not None:
+                believed = F.one_hot(labels, self.num)
+        self.draw.observe(probs, performance, advantages, believed)
 
     def _slot(self, prompt: Prompt) -> int:
         if self.inference == "oracle":
@@ -169,6 +195,7 @@ class Groups:
         place[self.order] = torch.arange(self.num, device=order.device)
         moved = place[order]
         self.order, self.dro = order, self.dro[moved]
+        self.draw.reorder(moved)
         return probs[:, moved]
 
     # --- stage 1: the head ---
@@ -271,15 +298,18 @@ class Groups:
         weights: Tensor,
     ) -> dict[str, float]:
         """`score` is the raw score, `performance` the R_g the method sees; the gap is of R_g.
-        `share` is a group's part of the prompts as they come, `mass` of those that were taken."""
+        `share` is a group's part of the prompts as they come, `mass` of those that were taken, and
+        `rate` what the rule asks for next."""
         mass = group_means(probs.new_ones(len(probs), 1), probs)
+        share = mass if self.share is None else self.share
         columns = {
             "score": group_means(probs, scores),
             "performance": group_means(probs, performance),
             "kl": group_means(probs, seq_kl),
             "kl_coef": group_means(probs, kl_coef),
             "mass": mass,
-            "share": mass if self.share is None else self.share,
+            "share": share,
+            "rate": self.draw.rates(share) if self.config.choose else share,
             "weight": group_means(probs, weights),
         }
         out = {
@@ -301,11 +331,25 @@ class Groups:
 
     def state_dict(self) -> dict:
         names = ("order", "running", "dro", "coefs", "cuts")
-        return {"swaps": self.swaps, **{name: getattr(self, name) for name in names}}
+        kept = {name: getattr(self, name) for name in names}
+        return {"swaps": self.swaps, "draw": self.draw.state_dict(), **kept}
 
     def load_state_dict(self, state: dict) -> None:
+        self.draw.load_state_dict(state["draw"])
         for name, value in state.items():
-            setattr(self, name, value)
+            if name != "draw":
+                setattr(self, name, value)
+
+
+def coefficients(kl: Kl, num: int) -> Tensor:  # (M)
+    """eta_g, hardest group first."""
+    if not kl.adaptive:
+        return torch.full((num,), kl.coef)
+    eased = torch.zeros(num, dtype=torch.float64)
+    if kl.shape == "graded" and num > 1:
+        eased = torch.arange(num, dtype=torch.float64) / (num - 1)
+    eased[-1] = 1
+    return (kl.coef * (kl.floor + (1 - kl.floor) * eased)).float()
 
 
 def group_means(probs: Tensor, values: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
     prompts -> rollouts -> critic's view, scores -> groups -> experience -> critic, head -> policy
 
 What it adds to textbook PPO (arXiv 2310.11971; METHODS A): groups of easy and hard sequences, found
-without labels; prompts drawn so that each group is met equally often (ours); a KL coefficient for
-each sequence, relaxed where it is hard; a weight on each sequence's advantage, which evens out the
-groups' returns. `groups.inference=none` is plain PPO; `groups.focus=0` takes prompts as they come,
+without labels; prompts drawn by group (ours); a KL coefficient for each sequence, relaxed where it
+is hard; a weight on each sequence's advantage, which evens out the groups' returns.
+`groups.inference=none` is plain PPO; `groups.draw=none` takes prompts as they come,
 `kl.adaptive=false` drops the KL coefficients, `groups.beta=0` the weights.
 
 What it leaves out: importance sampling for stale rollouts (there are none; `ppo.importance` is for
@@ -45,17 +45,21 @@ def iteration(t: Setup, step: int) -> Metrics:
 
     with timer("draw"):  # x ~ D: the next prompts, or those that the groups ask for
         chosen = draw(t, step)
-        signals.reference_scores.fill(engine, actors.reference, signals.scorer, t.prompts, chosen)
+        more = signals.reference_scores.fill(
+            engine, actors.reference, signals.scorer, t.prompts, chosen
+        )
     with timer("sync"):
         engine.sync(policy, step)
     with timer("rollout"):  # y ~ pi
         answers = sample(t, chosen, step)
     # Functions begin in threads, and go on while the critic looks.
-    submitted = signals.scorer.submit(answers.prompts, answers.sequences, answers.rollout.truncated)
+    scores = answers.raw or signals.scorer.submit(
+        answers.prompts, answers.sequences, answers.rollout.truncated
+    )
     with timer("view"):  # values, and the head's logits
         seen = view(t.config, actors.critic, answers.sequences)
     with timer("score"):  # reward model and functions
-        raw = signals.scorer.collect(submitted)
+        raw = scores if isinstance(scores, dict) else signals.scorer.collect(scores)
     if not t.guard.allows("rollout", **{f"reward {k}": x for k, x in raw.items()}, **seen.named):
         return {"objective/scores": mean(raw["total"])} | timer.metrics(answers.tokens)
 
@@ -69,13 +73,14 @@ def iteration(t: Setup, step: int) -> Metrics:
         if step >= t.config.ppo.critic_warmup_steps:
             train_policy(t, step, batch, weights, updates)
     groups.control(batch.probs, batch.experience.seq_kl)
+    groups.learn(batch.probs, batch.performance, batch.labels, batch.signal)
 
     with timer("metrics"):
         metrics |= updates.means() | answers.metrics() | batch.metrics()
         metrics |= groups.metrics(
             probs, batch.performance, raw["total"], batch.experience.seq_kl, batch.kl_coef, weights
         )
-        metrics |= by_domain(t, batch)
+        metrics |= by_domain(t, batch) | {"rollout/generated": answers.generated + more}
     return metrics | timer.metrics(answers.tokens)
 
 

@@ -55,14 +55,15 @@ class ReferenceScores:
         scorer: Scorer,
         every: Sequence[Prompt],
         chosen: list[int],
-    ) -> None:
-        """Look up, or sample and score, for those of the chosen prompts that have none yet."""
+    ) -> int:
+        """Look up, or sample and score, for those of the chosen prompts that have none yet; how
+        many tokens that took."""
         todo = self._missing(chosen)
         if todo:
             self._read(todo)
             todo = self._missing(todo)
         if not todo:
-            return
+            return 0
         k, prompts = self.scores.shape[1], [every[i] for i in todo]
         engine.sync(reference)
         draws = [parallel.generator("reference", self.names[i]) for i in todo]
@@ -72,6 +73,7 @@ class ReferenceScores:
         scores = scorer(repeated, rollout.sequences, rollout.truncated)["total"].view(-1, k)
         self.scores[torch.tensor(todo, device=scores.device)] = scores
         self._write(todo, scores)
+        return rollout.sequences.count
 
     def _missing(self, chosen: list[int]) -> list[int]:
         """In order, each once."""

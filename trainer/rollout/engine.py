@@ -69,6 +69,21 @@ class Rollout:
     truncated: Tensor  # (S) bool: stopped at the length limit, without EOS or a stop text
     logprobs: Tensor  # (n) of the sampled tokens, as the engine saw them
 
+    @staticmethod
+    def joined(parts: Sequence[Rollout]) -> Rollout:
+        return Rollout(
+            Sequences.joined([part.sequences for part in parts]),
+            torch.cat([part.truncated for part in parts]),
+            torch.cat([part.logprobs for part in parts]),
+        )
+
+    def rows(self, index: Tensor) -> Rollout:
+        """Some of the answers, in this order; `index` is on the CPU."""
+        where = self.sequences.flat(index)
+        return Rollout(
+            self.sequences.rows(index), self.truncated[on_device(index)], self.logprobs[where]
+        )
+
 
 class Engine(Protocol):
     synced: Sync | None

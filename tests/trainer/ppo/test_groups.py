@@ -237,6 +237,36 @@ def test_drawing_meets_each_group_as_often_as_focus_asks(focus):
     assert share.max() > 1.3 * share.min()
 
 
+def test_groups_are_met_as_the_rule_asks_after_what_they_have_returned():
+    """The variance rule, written out: more of the hard group, by how far below the mean it is."""
+    rule = ("groups.draw=variance", "groups.draw_beta=0.5", "groups.draw_floor=0")
+    g = groups("groups.num_groups=4", "groups.assign=hard", "groups.focus=1", *rule, n=300)
+    logits = torch.randn(300, 4)
+    probs = g.probs(logits, prompts(300))
+    returns = torch.randn(300) * 0.1 + probs @ torch.tensor([-0.5, -0.1, 0.1, 0.3])
+    g.learn(probs, returns, None, returns.abs())
+    means = group_means(probs, returns)
+    weights = g.drawing_weights(logits, prompts(300))
+    probs = g.probs(logits, prompts(300))  # by the borders that the pool has
+    share = probs.mean(0)
+    q = share * (1 - (means - share @ means))
+    torch.testing.assert_close((weights / weights.sum()) @ probs, q / q.sum())
+    other = groups("groups.num_groups=4", "groups.assign=hard", "groups.focus=1", *rule, n=300)
+    other.load_state_dict(g.state_dict())
+    assert torch.equal(other.drawing_weights(logits, prompts(300)), weights)
+
+
+def test_signal_learns_from_labels_what_the_heads_classes_return():
+    g = groups("groups.focus=1", "groups.draw=signal", "groups.draw_floor=0")
+    labels, returns = torch.tensor([0, 1]).repeat(6), torch.tensor([0.0, 1.0]).repeat(6)
+    g.learn(soft(12, 2), returns, labels, returns)
+    g.learn(soft(12, 2), torch.randn(12), None, returns)  # no labels: nothing is learnt of them
+    p = torch.tensor([0.01, 0.5, 0.9])
+    weights = g.drawing_weights(torch.stack([(1 - p).log(), p.log()], 1), prompts(3))
+    want = (p * (1 - p)).sqrt()
+    torch.testing.assert_close(weights, want / want.mean())
+
+
 def test_a_group_that_nobody_is_in_takes_no_share():
     g = groups("groups.inference=random", "groups.num_groups=8", "groups.focus=1", n=3)
     some = prompts(3)
@@ -270,6 +300,20 @@ def test_state_comes_back():
     p, r = soft(12, 2), torch.randn(12)
     torch.testing.assert_close(other.weights(p, r), g.weights(p, r), rtol=0, atol=0)
     assert torch.equal(other.order, g.order) and torch.equal(other.running, g.running)
+
+
+# --- the KL coefficient of a group ---
+
+
+def test_graded_coefficients_rise_in_equal_steps():
+    options = ("groups.num_groups=4", "kl.coef=0.6", "kl.floor=0.4")
+    graded = groups(*options, "kl.shape=graded").coefs
+    torch.testing.assert_close(graded, 0.6 * torch.tensor([0.4, 0.6, 0.8, 1.0]))
+    torch.testing.assert_close(groups(*options).coefs, 0.6 * torch.tensor([0.4, 0.4, 0.4, 1.0]))
+    two = [groups("kl.floor=0.4", f"kl.shape={shape}").coefs for shape in ("graded", "easiest")]
+    assert torch.equal(*two)
+    fixed = groups(*options, "kl.shape=graded", "kl.adaptive=false").coefs
+    torch.testing.assert_close(fixed, torch.full((4,), 0.6))
 
 
 # --- performance ---

@@ -200,6 +200,11 @@ def test_beta_zero_leaves_adaptive_kl_and_the_other_way_round(fresh):
         ["groups.performance=over_reference", "groups.on=response", "groups.focus=0"],
         ["groups.performance=quantile", "kl.estimator=exact", "groups.returns=penalised"],
         ["groups.objective=group_dro", "kl.controller=true"],
+        ["groups.draw=variance", "kl.shape=graded", "groups.num_groups=3"],
+        ["groups.draw=gdro", "groups.inference=oracle"],
+        ["groups.draw=progress", "groups.inference=adversarial", "groups.assign=soft"],
+        ["groups.draw=signal", "groups.focus=0.5"],
+        ["groups.draw=bandit", "groups.inference=random"],
         ["groups.objective=cvar", "ppo.kl_in_loss=true", "kl.estimator=k3"],
         ["groups.objective=sequence_variance", "ppo.norm=group", "ppo.dual_clip=3"],
         ["model.dtype=bfloat16", "rollout.logprob_bound=0.5", "model.gradient_checkpointing=true"],
@@ -267,6 +272,59 @@ def test_the_head_chooses_prompts_by_what_it_says_of_them(fresh):
     drawn = [i for step in range(10) for i in draw.draw(t, step)]
     share = sum(i in rare for i in drawn) / len(drawn)
     assert len(rare) / len(t.prompts) < 0.1 and share > 0.3
+
+
+def test_dynamic_sampling_takes_prompts_whose_answers_differ(fresh, monkeypatch):
+    """Every second prompt's answers score the same: they make way for later ones; what was sampled
+    for nothing is counted. Where rounds run out, such prompts fill the step."""
+    options = ["groups.draw=dynamic", "groups.inference=none", "ppo.advantages=group_norm"]
+    options += ["ppo.samples_per_prompt=2", "ppo.prompts_per_step=8", "groups.draw_rounds=4"]
+    config, run = fresh(*options, "toy.prompts=2048")
+    t = build.Setup.of(config, run)
+    same, asked = [], []
+
+    def score(prompts, sequences, truncated):
+        asked.append(len(prompts))
+        total = torch.arange(float(len(prompts)))
+        for i in range(0, len(prompts), 2):
+            if same[-1](i // 2):
+                total[i + 1] = total[i]
+        return {"total": total, "model": -total}
+
+    monkeypatch.setattr(t.signals, "scorer", score)
+    t.actors.engine.sync(t.actors.policy, 0)
+
+    same.append(lambda i: i % 2)
+    chosen = draw.draw(t, 5)
+    answers = draw.sample(t, chosen, 5)
+    assert asked == [16, 16] and answers.dropped == 8
+    want = chosen[::2] + draw.as_they_come(t, 5, 1)[::2]
+    assert answers.chosen == want
+    assert [p.ids for p in answers.prompts[::2]] == [t.prompts[i].ids for i in want]
+    assert [len(a) for a in answers.sequences.prompts()] == [len(p.ids) for p in answers.prompts]
+    assert answers.raw["total"].tolist() == [0, 1, 4, 5, 8, 9, 12, 13] * 2
+    assert torch.equal(answers.raw["model"], -answers.raw["total"])
+    assert answers.generated > answers.sequences.count == len(answers.rollout.logprobs)
+    again = draw.sample(t, draw.draw(t, 5), 5)
+    assert torch.equal(again.sequences.tokens, answers.sequences.tokens)
+    # no prompt of one step is another's
+    taken = set(chosen) | set(draw.as_they_come(t, 5, 3))
+    assert not taken & set(draw.draw(t, 6))
+
+    asked.clear()
+    same.append(lambda i: i != 3)
+    answers = draw.sample(t, chosen, 5)
+    assert asked == [16] * 4 and len(answers.chosen) == 8 and answers.dropped == 24
+    assert {chosen[3], draw.as_they_come(t, 5, 3)[3]} < set(answers.chosen)
+
+
+def test_dynamic_sampling_trains_by_the_scores_that_it_took_prompts_by(fresh):
+    options = ["groups.draw=dynamic", "ppo.advantages=group_norm", "ppo.samples_per_prompt=4"]
+    steps = lines(ran(fresh, *options, "ppo.prompts_per_step=8", "ppo.steps=2", "eval.every=0"))
+    for line in steps:
+        assert line["rollout/dropped"] == 0  # a model's scores are never the same
+        assert line["rollout/generated"] == pytest.approx(32 * line["rollout/length"])
+        assert line["policy/grad_norm"] > 0
 
 
 def test_reference_answers_are_sampled_once_for_each_prompt_that_is_met(fresh, monkeypatch):
