@@ -65,7 +65,12 @@ def gradients_of_an_iteration(models, output, overrides):
     "overrides",
     [
         ["ppo.prompts_per_step=32", "trainer.tokens_per_microbatch=100"],
-        ["ppo.prompts_per_step=16", "groups.inference=adversarial", "kl.estimator=exact"],
+        [
+            "ppo.prompts_per_step=16",
+            "groups.inference=adversarial",
+            "groups.draw=gdro",
+            "kl.estimator=exact",
+        ],
         # one sequence: the other rank has none
         ["ppo.prompts_per_step=1", "groups.inference=none", "model.gradient_checkpointing=true"],
         ["trainer.replicas=2", "model.offload_reference=true", "model.packing=on"],

@@ -30,6 +30,7 @@ SMALL = [
     "rm.pairs=32",
     "ppo.steps=5",
     "ppo.prompts_per_step=8",
+    "groups.draw=variance",  # looks at what groups have returned so far
     "rollout.max_new_tokens=6",
     "eval.samples_per_domain=4",
     "trainer.save_every=2",
