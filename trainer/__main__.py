@@ -32,6 +32,7 @@ commands
   metarm   rounds of a reward model that follows the policy, and of PPO with it
   eval     score a model on the evaluation prompts, by domain and group
   report   write report.html and plots of a run; `gi report A B` compares runs
+  watch    the same page on 127.0.0.1 while the run goes on, updated with each step; --port N
   doctor   what this machine has, what is missing and how to get it; with --kernels: whether each
            operation computes right here; `gi doctor RUN`: whether all files of a run folder are
            what was written
@@ -50,7 +51,7 @@ gi train toy groups.beta=0 --output runs/b0    no variance term
 gi report runs/toy runs/b0                     the two side by side
 """
 STAGES = ("sft", "rm", "ppo", "metarm")
-COMMANDS = ("train", *STAGES, "eval", "report", "doctor", "keys")
+COMMANDS = ("train", *STAGES, "eval", "report", "watch", "doctor", "keys")
 
 
 class UsageError(ValueError):
@@ -92,12 +93,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--output", default="")
+    parser.add_argument("--port", type=int, default=0)
     args = parser.parse_intermixed_args(arguments)
     if args.command not in COMMANDS:
         meant = settings.did_you_mean(args.command, COMMANDS)
         raise UsageError(f"{args.command}: no such command{meant}; want {', '.join(COMMANDS)}")
     if args.command not in ("doctor", "keys") and not args.config:
-        what = "run folders" if args.command == "report" else "a configuration"
+        what = "run folders" if args.command in ("report", "watch") else "a configuration"
         raise UsageError(f"{args.command} wants {what}, for example: gi {args.command} toy")
     return args
 
@@ -113,6 +115,10 @@ def _run(args: argparse.Namespace) -> int:
         return _keys(args.config)
     if args.command == "report":
         return _report([args.config, *args.rest], args.output)
+    if args.command == "watch":
+        from trainer.cli import watch
+
+        return watch.serve(_folders([args.config, *args.rest]), args.port)
 
     overrides = list(args.rest)
     if args.output:
@@ -176,6 +182,14 @@ def _execute(
 
 
 def _report(names: list[str], output: str) -> int:
+    folders = _folders(names)
+    from trainer import report
+
+    print(report.write(folders, Path(output) if output else None))
+    return 0
+
+
+def _folders(names: list[str]) -> list[Path]:
     """Each name is a run folder, or a configuration whose folder it is."""
     folders = []
     for name in names:
@@ -186,10 +200,7 @@ def _report(names: list[str], output: str) -> int:
         if not (folder / "metrics.jsonl").is_file():
             raise UsageError(f"{name}: no run folder: {folder / 'metrics.jsonl'} is not there")
         folders.append(folder)
-    from trainer import report
-
-    print(report.write(folders, Path(output) if output else None))
-    return 0
+    return folders
 
 
 def _keys(section: str) -> int:

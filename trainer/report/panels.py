@@ -7,12 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.report.plots import (
+from trainer.report.charts import (
     MOST,
-    SCALE,
-    Panel,
+    Chart,
     bars,
-    by_round,
     contingency,
     group_label,
     histogram,
@@ -20,13 +18,15 @@ from trainer.report.plots import (
     over_steps,
     paths,
     runs_over_steps,
+    shade,
     timing,
 )
-from trainer.report.runs import SFT_COLOUR, Run, has_gold, numbers_of, read_lines
+from trainer.report.colours import SCALE, SFT_NAME
+from trainer.report.runs import Run, has_gold, numbers_of, read_lines
 from trainer.runs import log
 from trainer.runs.names import file_name
 
-Panels = list[Panel | None]
+Panels = list[Chart | None]
 
 
 def _performance(runs: list[Run]) -> Panels:
@@ -157,15 +157,15 @@ def _groups(runs: list[Run]) -> Panels:
             ("weight", "Weight on advantages", "Above 1: the group is pushed harder."),
         ):
             keys = {
-                f"group/{group}/{metric}": (group_label(group, run.groups), SCALE[i % len(SCALE)])
+                f"group/{group}/{metric}": (group_label(group, run.groups), shade(i))
                 for i, group in enumerate(run.groups)
             }
             name = f"group_{metric}_{file_name(run.name)}"
-            panels.append(over_steps(lines, keys, title + suffix, name, caption, "PPO step"))
+            panels.append(over_steps(run, lines, keys, title + suffix, name, caption, "PPO step"))
         keys = {"group/gap": ("gap", SCALE[0]), "group/variance": ("variance", SCALE[2])}
         panels.append(
             over_steps(
-                lines, keys, f"Gap and variance{suffix}", f"group_gap_{file_name(run.name)}",
+                run, lines, keys, f"Gap and variance{suffix}", f"group_gap_{file_name(run.name)}",
                 "Of the groups' returns.", "PPO step",
             )
         )  # fmt: skip
@@ -179,7 +179,7 @@ def _metarm(runs: list[Run]) -> Panels:
     those = [run for run in runs if run.stage("metarm")]
     for run in those:
         suffix = f" ({run.name})" if len(those) > 1 else ""
-        old, new = ("before", SFT_COLOUR), ("after", run.colour)
+        old, new = ("before", SFT_NAME), ("after", run.colour)
         for name, title, keys, caption in (
             (
                 "accuracy",
@@ -187,7 +187,7 @@ def _metarm(runs: list[Run]) -> Panels:
                 {
                     "before/gold_accuracy": ("by gold, before", SCALE[3]),
                     "after/gold_accuracy": ("by gold, after", SCALE[0]),
-                    "after/pair_accuracy": ("held-out pairs", SFT_COLOUR),
+                    "after/pair_accuracy": ("held-out pairs", SFT_NAME),
                 },
                 "On answers of the policy as it is at the start of the round.",
             ),
@@ -218,7 +218,7 @@ def _metarm(runs: list[Run]) -> Panels:
             ),
         ):
             name = f"metarm_{name}_{file_name(run.name)}"
-            panels.append(by_round(run.stage("metarm"), keys, title + suffix, name, caption))
+            panels.append(_by_round(run, run.stage("metarm"), keys, title + suffix, name, caption))
         for line in run.stage("metarm")[1:]:
             panels += _one_round(run, line, suffix)
     return panels
@@ -232,8 +232,8 @@ def _one_round(run: Run, line: dict[str, Any], suffix: str) -> Panels:
         run.name, folder, run.colour, lines=numbers_of(read_lines(folder / "metrics.jsonl"))
     )
     differences = {
-        when: (differences_of_rewards(folder, when, line.get(f"{when}/scale")), colour)
-        for when, colour in (("before", SFT_COLOUR), ("after", run.colour))
+        when: (differences_of_rewards(folder, when, line.get(f"{when}/scale")), colour, run.name)
+        for when, colour in (("before", SFT_NAME), ("after", run.colour))
     }
     return [
         histogram(
@@ -245,19 +245,22 @@ def _one_round(run: Run, line: dict[str, Any], suffix: str) -> Panels:
             "right: told apart better, rightly or wrongly.",
         ),
         over_steps(
+            inner,
             inner.stage("metarm"),
             {"rm/pair_loss": ("pairs' loss", SCALE[3]), "metarm/spread": ("J", SCALE[0])},
             f"Round {n}: training the reward model{suffix}",
             f"{name}_training",
             "J is that of the step's answers.",
+            f"step of round {n}",
         ),
-        by_round(
+        _by_round(
+            inner,
             inner.evaluations,
             {"eval/proxy": ("proxy", SCALE[2]), "eval/gold": ("gold", SCALE[0])},
             f"Round {n}: PPO with it{suffix}",
             f"{name}_ppo",
             "On the evaluation prompts.",
-            "PPO step",
+            f"PPO step of round {n}",
         ),
     ]
 
@@ -283,7 +286,7 @@ def _rewards(runs: list[Run]) -> Panels:
 
     panels: Panels = [
         histogram(
-            {run.name: (of(run, key), run.colour) for run in runs},
+            {run.name: (of(run, key), run.colour, run.name) for run in runs},
             f"{label}, last evaluation",
             label.lower(),
             f"histogram_{key}",
@@ -300,7 +303,8 @@ def _rewards(runs: list[Run]) -> Panels:
                         for line in run.final_samples
                         if str(line.get(by)) == label and line.get("score") is not None
                     ],
-                    SCALE[i % len(SCALE)],
+                    shade(i),
+                    run.name,
                 )
                 for i, label in enumerate(labels)
             }
@@ -338,6 +342,32 @@ def _training(runs: list[Run]) -> Panels:
         panels.append(runs_over_steps(runs, "ppo", key, title, caption))
     panels += [timing(run) for run in runs]
     return panels
+
+
+def _by_round(
+    run: Run,
+    lines: list[dict[str, Any]],
+    keys: dict[str, tuple[str, str]],
+    title: str,
+    name: str,
+    caption: str,
+    x: str = "round",
+) -> Chart | None:
+    """A dot for each, from the first on."""
+    return over_steps(run, lines, keys, title, name, caption, x, style="dots", least=1)
+
+
+def everything_else(runs: list[Run], shown: set[str]) -> list[Chart]:
+    """A chart for each metric that has none yet, by the names of those who have."""
+    keys = dict.fromkeys(
+        (str(line["stage"]), key)
+        for run in runs
+        for line in run.lines
+        for key in line
+        if key not in ("stage", "step", "policy")
+    )
+    charts = [runs_over_steps(runs, stage, key, f"{stage}: {key}") for stage, key in sorted(keys)]
+    return [chart for chart in charts if chart and chart.name not in shown]
 
 
 SECTIONS: tuple[tuple[str, str, Callable[[list[Run]], Panels]], ...] = (

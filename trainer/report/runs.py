@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from trainer import config as settings
+from trainer.report.colours import RUN_NAMES
 from trainer.runs import log
 from trainer.runs.names import label
 
 SFT = "SFT"
-RUN_COLOURS = ("#c8553d", "#2e6f95", "#588157", "#8e6c8a", "#b08900", "#1b998b", "#5f4b8b")
-SFT_COLOUR = "#7d8597"
 
 
 @dataclass
@@ -24,12 +24,20 @@ class Run:
     name: str
     folder: Path
     colour: str
+    """A name of `colours`."""
     config: dict[str, Any] = field(default_factory=dict)
     lines: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
 
     def stage(self, name: str) -> list[dict[str, Any]]:
-        return [line for line in self.lines if line.get("stage") == name]
+        return self._by_stage.get(name, [])
+
+    @cached_property
+    def _by_stage(self) -> dict[str, list[dict[str, Any]]]:
+        found: dict[str, list[dict[str, Any]]] = {}
+        for line in self.lines:
+            found.setdefault(line["stage"], []).append(line)
+        return found
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -58,6 +66,12 @@ class Run:
         groups = sorted((name for name in names if _is_group(name)), key=int)
         return groups if len(groups) > 1 else []
 
+    def steps(self, stage: str) -> int | None:
+        """Of a whole stage, where the settings say."""
+        section = self.config.get(stage)
+        steps = section.get("steps") if isinstance(section, dict) else None
+        return steps if isinstance(steps, int) else None
+
     @property
     def final_samples(self) -> list[dict[str, Any]]:
         evaluated = [line for line in self.samples if line.get("stage") == "eval"]
@@ -65,7 +79,9 @@ class Run:
         return [line for line in evaluated if line["step"] == last]
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path], read: Reader | None = None) -> list[Run]:
+    """`read`: of one that has read before, and reads what is new."""
+    read = read or Reader()
     names = _distinct([folder.resolve() for folder in folders])
     found: list[tuple[str, Path]] = []
     for name, folder in zip(names, folders):
@@ -79,13 +95,45 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         Run(
             name=name,
             folder=folder,
-            colour=RUN_COLOURS[i % len(RUN_COLOURS)],
+            colour=RUN_NAMES[i % len(RUN_NAMES)],
             config=_read_config(folder),
-            lines=numbers_of(read_lines(folder / "metrics.jsonl")),
-            samples=samples_of(folder / "samples.jsonl"),
+            lines=read.metrics(folder / "metrics.jsonl"),
+            samples=read.samples(folder / "samples.jsonl"),
         )
         for i, (name, folder) in enumerate(found)
     ]
+
+
+class Reader:
+    """Lines of files that grow. Each is read once, and again where a file is no longer the one that
+    was read: a run that is started again writes it anew."""
+
+    def __init__(self) -> None:
+        self._read: dict[Path, tuple[int, int, list[dict[str, Any]]]] = {}
+
+    def metrics(self, path: Path) -> list[dict[str, Any]]:
+        return self._lines(path, numbers_of)
+
+    def samples(self, path: Path) -> list[dict[str, Any]]:
+        return self._lines(path, samples_of)
+
+    def _lines(
+        self, path: Path, of: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
+    ) -> list[dict[str, Any]]:
+        try:
+            with path.open("rb") as file:
+                there, inode = os.fstat(file.fileno()), os.fstat(file.fileno()).st_ino
+                before, end, lines = self._read.get(path, (inode, 0, []))
+                if before != inode or there.st_size < end:
+                    end, lines = 0, []
+                file.seek(end)
+                new = file.read()
+        except OSError:
+            return []
+        whole = new.rfind(b"\n") + 1
+        lines = lines + of(usable(log.lines_of(new[:whole])))
+        self._read[path] = (inode, end + whole, lines)
+        return lines + of(usable(log.lines_of(new[whole:])))  # a last line that is whole, unended
 
 
 def _is_group(name: str) -> bool:
@@ -118,10 +166,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
+    return usable(log.read_lines(path))
+
+
+def usable(found: list[dict]) -> list[dict[str, Any]]:
     """Of metrics: lines of a stage and a step, whose other values are finite numbers or short
     texts. A folder may come from anywhere."""
     lines = []
-    for line in log.read_lines(path):
+    for line in found:
         if isinstance(line.get("stage"), str) and _is_count(line.get("step")):
             lines.append({str(k): v for k, v in line.items() if _is_plain(v)})
     return lines
@@ -132,16 +184,16 @@ def _is_count(value: object) -> bool:
 
 
 def _is_plain(value: object) -> bool:
-    if isinstance(value, float | int) and not isinstance(value, bool):
+    if isinstance(value, float | int):
         return abs(value) < 1e300  # false for NaN
     return value is None or isinstance(value, str)
 
 
-def samples_of(path: Path) -> list[dict[str, Any]]:
+def samples_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines with a prompt and a response."""
     return [
         line
-        for line in read_lines(path)
+        for line in lines
         if isinstance(line.get("prompt"), str) and isinstance(line.get("response"), str)
     ]
 
@@ -149,7 +201,9 @@ def samples_of(path: Path) -> list[dict[str, Any]]:
 def numbers_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Without texts in the place of figures."""
     words = ("stage", "policy")
-    return [{k: v for k, v in x.items() if k in words or not isinstance(v, str)} for x in lines]
+    return [
+        {k: v for k, v in x.items() if k in words or not isinstance(v, str | bool)} for x in lines
+    ]
 
 
 def has_gold(runs: list[Run]) -> bool:

@@ -126,6 +126,12 @@ def read_lines(path: Path, tell: bool = False) -> list[dict]:
     return lines
 
 
+def lines_of(data: bytes) -> list[dict]:
+    """The objects of a part of such a file that begins where a line does."""
+    found = map(_opened, data.decode("utf-8", "replace").split("\n"))
+    return [line for line in found if line is not None]
+
+
 def broken_lines(path: Path) -> list[int]:
     """Numbers, from 1, of the lines that are not what was written."""
     return _read(path)[1]

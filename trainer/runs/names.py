@@ -52,7 +52,14 @@ def in_html(text: object, longest: int = 0) -> str:
     text = str(text)
     if longest and len(text) > longest:
         text = text[: longest - 1] + "…"
-    return html.escape("".join(c if _harmless(c) or c in "\n\t" else _escaped(c) for c in text))
+    return html.escape(shown(text))
+
+
+def shown(text: str) -> str:
+    """As it is but for what cannot be seen, on a page that writes it as text. Line breaks stay."""
+    if text.isascii() and text.isprintable():  # which is quick, and nearly all
+        return text
+    return "".join(c if _harmless(c) or c in "\n\t" else _escaped(c) for c in text)
 
 
 def label(key: str) -> str:

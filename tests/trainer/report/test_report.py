@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from trainer import report
-from trainer.report import panels
+from trainer.report import panels, thin
 
 DOMAINS = ("copy", "sort")
 
@@ -15,7 +15,7 @@ DOMAINS = ("copy", "sort")
 @pytest.fixture
 def undrawn(monkeypatch):
     """Drawing forty plots takes seconds; one test draws them."""
-    monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: file.write(b"png"))
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: file.write_bytes(b"png"))
 
 
 def line(**values):
@@ -61,18 +61,20 @@ def make_run(path, name, *, gold=True, groups=True, offset=0.0):
 
 
 def read(path):
+    """What the page says, which nothing else says: it asks for nothing, and runs its own script."""
     page = path.read_text()
-    # Nothing comes from outside: every picture is inside, no script, no link, no style sheet.
-    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
-    assert all(
-        src.startswith("data:image/png;base64,") for src in re.findall(r'src="([^"]*)"', page)
-    )
-    assert "<script>x" not in page
-    return page
+    scripts = re.findall(r"<script([^>]*)>", page)
+    assert scripts == [' type="application/json" id="data"', ""]
+    assert not re.search(r"<link|<img|<iframe|@import|url\((?!#)| src=|<script>x", page)
+    assert set(re.findall(r"https?://[^\"']*", page)) == {"http://www.w3.org/2000/svg"}
+    assert "default-src 'none'" in page and "unsafe" not in page
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
 
 
-def pictures(page):
-    return re.findall(r'<img alt="([^"]*)"', page)
+def titles(said):
+    """Of the charts, less those of everything else."""
+    sections = said["sections"][:-1] if said["rest"] else said["sections"]
+    return [chart["title"] for section in sections for chart in section["charts"]]
 
 
 def test_a_run_with_its_baseline(tmp_path):
@@ -80,8 +82,7 @@ def test_a_run_with_its_baseline(tmp_path):
     make_run(folder / "baselines", "ppo", groups=False, offset=-0.1)
     path = report.write([folder])
     assert path == folder / "report.html"
-    page = read(path)
-    titles = pictures(page)
+    said = read(path)
     for wanted in (
         "Gold, worst domain",
         "Gap: best less worst domain",
@@ -95,43 +96,43 @@ def test_a_run_with_its_baseline(tmp_path):
         "SFT loss",
         "Where a PPO step spends its time",
     ):
-        assert wanted in titles, titles
+        assert wanted in titles(said), titles(said)
     plots = list((folder / "plots").glob("*.png"))
-    assert len(plots) == len(titles)
+    assert len(plots) == len(titles(said))
     assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
-    assert "Critic: explained variance" not in titles  # nothing was measured
-    assert "group-invariant PPO" in page and ">ppo<" in page
-    table = re.search(r'<table class="figures">.*?</table>', page, re.S)[0]
-    # copy: SFT, then group-invariant, then the baseline; the best in bold.
-    row = re.search(r"<tr><th>copy</th>(.*?)</tr>", table)[1]
-    assert re.findall(r"[\d.]+", re.sub("<[^>]*>", " ", row))[:3] == ["0.900", "1.100", "1.000"]
-    assert "<b>1.100</b>" in row
-    over = re.search(r"<tr><th>mean, over the run</th>(.*?)</tr>", table)[1]
-    assert "0.650" in over  # the mean of steps 10, 15 and 20
-    assert "groups.inference" in page and "inference: exact" in page
+    assert "Critic: explained variance" not in titles(said)  # nothing was measured
+    assert [run["name"] for run in said["runs"]] == ["group-invariant PPO", "ppo"]
+    rows = {row["name"]: row["cells"] for row in said["table"]["rows"]}
+    # SFT, then group-invariant, then the baseline
+    assert said["table"]["columns"] == ["SFT", "group-invariant PPO", "ppo"]
+    assert rows["copy"][:3] == [0.9, 1.1, 1.0]
+    assert rows["mean, over the run"][1] == 0.65  # the mean of steps 10, 15 and 20
+    assert ["groups.inference", "exact", "none"] in said["differences"]
+    assert "inference: exact" in said["runs"][0]["settings"]
 
 
 def test_several_runs(tmp_path, undrawn):
     first, second = make_run(tmp_path, "a/run"), make_run(tmp_path, "b/run", groups=False)
     path = report.write([first, second])
     assert path == first / "comparison" / "report.html"
-    page = read(path)
-    assert "a/run" in page and "b/run" in page and "Comparison of runs" in page
+    said = read(path)
+    assert [run["name"] for run in said["runs"]] == ["a/run", "b/run"]
+    assert said["title"] == "Comparison of runs: run, run"
     assert not (first / "report.html").exists()
 
 
 def test_without_gold_the_proxy_is_what_there_is(tmp_path, undrawn):
-    page = read(report.write([make_run(tmp_path, "run", gold=False)]))
-    assert "Proxy: copy" in pictures(page) and "KL against reward: the frontier" in pictures(page)
-    assert "Proxy against gold" not in pictures(page)
+    found = titles(read(report.write([make_run(tmp_path, "run", gold=False)])))
+    assert "Proxy: copy" in found and "KL against reward: the frontier" in found
+    assert "Proxy against gold" not in found
 
 
 @pytest.mark.parametrize("lines", [[], [line(stage="sft", step=1, sft__loss=1.0)] * 2])
 def test_a_run_that_has_only_begun(tmp_path, lines):
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    page = read(report.write([tmp_path]))
-    assert len(pictures(page)) == (1 if lines else 0)
-    assert "Last evaluation" not in page and "<h2>Groups" not in page
+    said = read(report.write([tmp_path]))
+    assert titles(said) == (["SFT loss"] if lines else [])
+    assert said["table"] is None and said["tiles"] == [] and said["samples"]["rows"] == []
 
 
 def test_twice_is_the_same(tmp_path, undrawn):
@@ -164,13 +165,57 @@ def test_metarm_has_a_row_for_each_round(tmp_path, undrawn):
             for i in range(4)
         )
         (inner / "answers.jsonl").write_text(answers)
-    titles = pictures(read(report.write([folder])))
-    assert {"Policy after the round", "Relative differences of rewards"} <= set(titles)
+    found = titles(read(report.write([folder])))
+    assert {"Policy after the round", "Relative differences of rewards"} <= set(found)
     for n in (1, 2):
-        at = titles.index(f"Round {n}: differences of rewards")
-        assert titles[at + 1 : at + 3] == [
+        at = found.index(f"Round {n}: differences of rewards")
+        assert found[at + 1 : at + 3] == [
             f"Round {n}: training the reward model",
             f"Round {n}: PPO with it",
         ]
     differences = panels.differences_of_rewards(folder / "rounds" / "1", "after", 0.5)
     assert differences == [1, 2, 3, 1, 2, 1]
+
+
+def test_a_long_run_is_shown_with_fewer_points_and_says_so(tmp_path, undrawn, monkeypatch):
+    monkeypatch.setattr(thin, "CURVES", 0)
+    lines = [{"stage": "ppo", "step": s, "objective/kl": float(s % 7 == 0)} for s in range(1, 601)]
+    lines[300]["objective/kl"] = 9.0  # a spike
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    said = read(report.write([tmp_path]))
+    curve = next(
+        chart["series"][0]
+        for section in said["sections"]
+        for chart in section["charts"]
+        if chart["name"] == "ppo_objective-kl"
+    )
+    assert said["thinned"] == 600 and len(curve["x"]) == len(curve["y"]) == thin.FEWEST
+    assert curve["x"][-1] == 600 and max(curve["high"]) == 9.0 and min(curve["low"]) == 0.0
+    mean = sum(each["objective/kl"] for each in lines) / 600
+    assert sum(curve["y"]) / thin.FEWEST == pytest.approx(mean, rel=1e-3)
+
+
+def sample(step, prompt, response="a" * 100):
+    return {"stage": "eval", "step": step, "prompt": prompt, "response": response}
+
+
+def test_the_last_evaluations_samples_are_kept_first():
+    samples = [sample(step, f"p{i}") for step in (10, 20, 30) for i in range(10)]
+    assert thin.fitting(samples) == sorted(
+        samples, key=lambda x: (x["step"] != 30, int(x["prompt"][1:]) if x["step"] != 30 else 0)
+    )
+    few = thin.fitting(samples, budget=2500)  # 15 answers of 160 bytes
+    assert [line["step"] for line in few[:10]] == [30] * 10
+    assert [(line["prompt"], line["step"]) for line in few[10:]] == [
+        (f"p{i}", step) for i in (0, 1) for step in (10, 20)
+    ]
+    fewer = thin.fitting(samples, budget=900)
+    assert [line["prompt"] for line in fewer] == ["p0", "p2", "p4", "p6", "p8"]
+
+
+def test_long_answers_are_cut_in_the_middle():
+    text = "b" + "x" * 9998 + "e"
+    assert (
+        len(thin.cut(text)) < thin.LONGEST + 100 and thin.cut(text)[0] + thin.cut(text)[-1] == "be"
+    )
+    assert "6000 characters are left out" in thin.cut(text)
