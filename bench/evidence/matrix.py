@@ -179,6 +179,25 @@ _GROUPS = tuple(Arm(f"m{m}", f"M = {m}", (f"groups.num_groups={m}",)) for m in (
 _DRAWING = (
     Arm("focus_0.5", "focus 0.5", ("groups.focus=0.5",)),
     Arm("pool_8", "a pool of 8 prompts for each one drawn", ("groups.pool=8",)),
+    *(
+        Arm(
+            f"pool_{pool}_{refresh}",
+            f"a pool of {pool}, renewed in {refresh} steps: asked {pool / refresh:g} times a draw",
+            (f"groups.pool={pool}", f"groups.refresh={refresh}"),
+        )
+        for pool, refresh in ((8, 8), (8, 16), (16, 32))
+    ),
+)
+_GRADED = ("kl.shape=graded", "kl.coef=0.6")
+"""A mean coefficient of 0.45 again: the easier groups keep more of a smaller one."""
+_RULES = (
+    Arm("variance", "variance: the paper's objective by drawing", ("groups.draw=variance",)),
+    Arm("graded", "even draws, graded KL", _GRADED),
+    Arm("variance_graded", "variance, graded KL", ("groups.draw=variance", *_GRADED)),
+    Arm("gdro", "gdro: Group-DRO's adversary", ("groups.draw=gdro",)),
+    Arm("progress", "progress: what has gained least", ("groups.draw=progress",)),
+    Arm("bandit", "bandit: by the size of advantages", ("groups.draw=bandit",)),
+    Arm("signal", "signal: by the predicted spread of returns", ("groups.draw=signal",)),
 )
 _BETA = tuple(
     Arm(f"beta_{b:g}", f"beta = {b:g}", ("groups.focus=0", *ONE_COEF, f"groups.beta={b}"))
@@ -235,6 +254,7 @@ ARMS: dict[str, Arm] = {
         *_NEIGHBOURS,
         *_GROUPS,
         *_DRAWING,
+        *_RULES,
         *_BETA,
         *_KAPPA,
         *_PERFORMANCE,
@@ -277,6 +297,11 @@ SECTIONS: dict[str, Section] = {
     "groups": Section("Number of groups", "Default: M = 4.", _names(_GROUPS, "default")),
     "drawing": Section(
         "How prompts are drawn", "Default: focus 1, pool 4.", _names(_DRAWING, "default")
+    ),
+    "rules": Section(
+        "By which rule prompts are drawn",
+        "Default: even. Adaptive KL with all; every rule samples as many answers.",
+        _names(_RULES, "default", "no_drawing", "ppo_equal"),
     ),
     "forms": Section(
         "Form of the variance",
