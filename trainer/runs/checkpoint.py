@@ -13,10 +13,12 @@ no pickle in it that anybody reads: see `state` and `reader`.
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,9 @@ class Checkpoints:
         self.stop = StopSignal()
         self.random = RandomStates()
         self.random.seed(config.run.seed, stage)
-        self.background: tuple[Any, int, float | None] | None = None  # its future, step, score
+        self.threads = ThreadPoolExecutor(1, "checkpoint")
+        # Its checksums to come, step, score.
+        self.background: tuple[Future[files.Entries], int, float | None] | None = None
         if resume:
             self.load_newest()
         else:
@@ -133,13 +137,13 @@ class Checkpoints:
             writer = dcp.FileSystemWriter(aside, sync_files=True)
             if self.config.async_save:
                 group = parallel.cpu_group("checkpoints")
-                future = dcp.async_save(
+                future: Any = dcp.async_save(
                     state, storage_writer=writer, process_group=group, no_dist=_alone()
                 )
-                self.background = (future, step, score)
+                self.background = (self.threads.submit(_written, aside, future), step, score)
             else:
                 dcp.save(state, storage_writer=writer, no_dist=_alone())
-                self._commit(step, score)
+                self._commit(_written(aside), step, score)
         return self.folder / f"step_{step}"
 
     def finish(self) -> None:
@@ -148,20 +152,18 @@ class Checkpoints:
             return
         (future, step, score), self.background = self.background, None
         with self._one_clear_error(step):
-            future.result()
-            self._commit(step, score)
+            self._commit(future.result(), step, score)
 
     def _aside(self, step: int) -> Path:
         return self.folder / f".step_{step}"
 
-    def _commit(self, step: int, score: float | None) -> None:
-        """Checksums, manifest, rename, and only then the removal of what is too old."""
+    def _commit(self, mine: files.Entries, step: int, score: float | None) -> None:
+        """Manifest, rename, and only then the removal of what is too old."""
         aside = self._aside(step)
-        parallel.barrier()  # every rank's files are there
-        names = files.names_in(aside)
-        mine = files.entries(aside, names[parallel.rank() :: parallel.world_size()])
         theirs = {k: v for part in parallel.gather_objects(mine) for k, v in part.items()}
         if parallel.is_main():
+            unknown = set(files.names_in(aside)) ^ theirs.keys()
+            assert not unknown, f"written by nobody: {unknown}"
             ranks = parallel.world_size()
             files.seal(aside, theirs, stage=self.stage, step=step, ranks=ranks, score=score)
             final = self.folder / f"step_{step}"
@@ -255,6 +257,18 @@ class _OneClearError:
             f"checkpoint of step {self.step} could not be written to {self.folder}: {problem}; "
             f"{kept}"
         ) from error
+
+
+def _written(aside: Path, saved: Any = None) -> files.Entries:
+    """Checksums of what this rank has written, once it has; the main one's of what is nobody's."""
+    if saved is not None:
+        saved.result()
+    rank = re.compile(r"__(\d+)_")  # so torch names them
+    owners = {name: rank.match(name) for name in files.names_in(aside)}
+    mine = [
+        name for name, owner in owners.items() if (int(owner[1]) if owner else 0) == parallel.rank()
+    ]
+    return files.entries(aside, mine)
 
 
 def _alone() -> bool:

@@ -64,12 +64,16 @@ def names_in(folder: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST)
 
 
-def entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, int]]:
+Entries = dict[str, dict[str, int]]
+"""File's name -> bytes, crc32."""
+
+
+def entries(folder: Path, names: Iterable[str]) -> Entries:
     """What a manifest says of these files."""
     return {name: dict(zip(("bytes", "crc32"), checksum(folder / name))) for name in names}
 
 
-def seal(folder: Path, files: dict[str, dict[str, int]] | None = None, **about: Any) -> None:
+def seal(folder: Path, files: Entries | None = None, **about: Any) -> None:
     """Write the folder's manifest, and all of it onto the disk."""
     files = entries(folder, names_in(folder)) if files is None else files
     said = {**about, "files": files}

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from tests.trainer import children, tiny
 from trainer import parallel
+from trainer.runs import files
 from trainer.runs.checkpoint import CheckpointError, Checkpoints, steps_in
 from trainer.runs.faults import Diverged, Guard, Stopped
 from trainer.runs.folder import RunFolder
@@ -315,3 +317,21 @@ def test_global_random_numbers_go_on(tmp_path):
     want = (random.random(), float(torch.rand(())))
     small.open(resume=True)
     assert (random.random(), float(torch.rand(()))) == want
+
+
+def test_training_goes_on_while_checksums_of_a_background_save_are_taken(tmp_path, monkeypatch):
+    threads, real = set(), files.checksum
+
+    def checksum(path):
+        if path.parent.name.startswith(".step_"):
+            threads.add(threading.current_thread())
+        return real(path)
+
+    monkeypatch.setattr(files, "checksum", checksum)
+    small = Small(tmp_path, async_save=True)
+    checkpoints = small.open(resume=False)
+    small.state.step += 1
+    checkpoints.save()
+    checkpoints.finish()
+    assert threads and threading.main_thread() not in threads
+    assert files.problem(small.run.checkpoints("sft") / "step_1") is None
