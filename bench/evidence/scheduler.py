@@ -31,7 +31,9 @@ from trainer.config import Config
 PRELOADED = [
     "bench.evidence.worker",
     "bench.evidence.disturb",
-    *(f"trainer.{name}" for name in ("__main__", "sft", "reward", "ppo", "evaluate", "plan")),
+    "trainer.__main__",
+    *(f"trainer.stages.{name}" for name in ("sft", "reward_model", "policy", "evaluate")),
+    "trainer.cli.begin",
 ]
 """Imported once, by the server from which every run's process is forked: that saves seconds, and a
 file that is edited meanwhile changes no run of this study."""

@@ -205,7 +205,7 @@ def describe_attention(config: Config) -> str:
 
 def _described(source: str, auto: Auto, config: Config) -> str:
     if registry.is_world(source):
-        settings = registry.world(source, config).model_config()
+        settings = registry.base(source, config).model_config()
     else:
         settings = _settings(source, config)
     how = implementation(settings, config)

@@ -1,6 +1,7 @@
 """The study judges fairly: its matrix says what it means, its statistics are right, nothing stale
 is taken for a result, and a killed study goes on."""
 
+import importlib.util
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import torch
 from bench.evidence import __main__ as command
 from bench.evidence import claims, disturb, measure
 from bench.evidence.matrix import ARMS, SECTIONS, WORLDS
-from bench.evidence.scheduler import Study, StudyError, alone_in, mean_coefficient
+from bench.evidence.scheduler import PRELOADED, Study, StudyError, alone_in, mean_coefficient
 from bench.evidence.store import Store, changed, settings_of
 from trainer import config as settings
 
@@ -390,3 +391,9 @@ def test_every_interval_in_the_documents_stands_in_a_result_file():
         assert len(quoted) > 5, f"{name} quotes no differences: has their form changed?"
         for each in quoted:
             assert tuple(map(size, each.groups())) in found, f"{name}: {each.group()}"
+
+
+@pytest.mark.parametrize("name", PRELOADED)
+def test_what_is_to_be_imported_once_is_there(name):
+    """The server skips in silence what it cannot import, and every run would import anew."""
+    assert importlib.util.find_spec(name) is not None

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForSequenceCl
 from tests.trainer import tiny
 from tests.trainer.models.test_packing import SIZES, ragged
 from trainer.batch.sequences import forward_all
-from trainer.config import ConfigError
+from trainer.config import ConfigError, load
 from trainer.models import loading
 from trainer.models.policy import log_probabilities
 from trainer.rollout.engine import check_logprobs
@@ -85,3 +85,9 @@ def test_packing_that_is_asked_for_is_refused(gemma):
     message = r"^model.packing: on: Gemma2ForCausalLM caps attention's logits.* want auto or off"
     with pytest.raises(ConfigError, match=message):
         loading.load_policy(str(gemma), config(gemma, "model.packing=on"))
+
+
+@pytest.mark.parametrize("world", ["toy", "reasoning"])
+def test_the_attention_of_a_worlds_own_model_is_told(world):
+    """Before anything is built: nothing of reasoning-gym is asked for."""
+    assert loading.describe_attention(load(world)).startswith("packed sequences")
