@@ -750,10 +750,10 @@ def _variance(form: str, mass: Tensor, returns: Tensor) -> Tensor:
 def _variance_slope(form: str, mass: Tensor, returns: Tensor) -> Tensor:
     """dVar / dR_g at fixed mass."""
     if form == "uniform":
-        return 2 / len(returns) * (returns - returns.mean())
+        return 2 / returns.shape[0] * (returns - returns.mean())
     if form == "mass":
         return 2 * mass * (returns - _weighted_mean(mass, returns))
-    return -2 / len(returns) * (returns.max() - returns).clamp(min=0)
+    return -2 / returns.shape[0] * (returns.max() - returns).clamp(min=0)
 
 
 def _soft_sums(
@@ -765,7 +765,7 @@ def _soft_sums(
     """
     p, r = probs.double(), returns.double()
     local = torch.cat(
-        [p.sum(0), (p * r.unsqueeze(1)).sum(0), r.sum()[None], p.new_tensor([len(r)])]
+        [p.sum(0), (p * r.unsqueeze(1)).sum(0), r.sum()[None], p.new_full((1,), r.shape[0])]
     )
     total = local
     if reduce is not None:  # the difference is exactly 0, so that all ranks have the same total
@@ -827,7 +827,7 @@ def preference_loss(
     if margin is not None:
         d = d - margin
     loss = -(1 - label_smoothing) * F.logsigmoid(d) - label_smoothing * F.logsigmoid(-d)
-    return loss.mean() if len(d) else d.sum()
+    return loss.mean() if d.shape[0] else d.sum()
 
 
 def difference_objective(rewards: Tensor) -> Tensor:  # (P, k)
@@ -836,7 +836,7 @@ def difference_objective(rewards: Tensor) -> Tensor:  # (P, k)
     k = r.shape[1]
     i, j = torch.triu_indices(k, k, 1, device=r.device)
     per_prompt = 2 / k**2 * torch.sigmoid((r[:, i] - r[:, j]).abs()).sum(1)
-    return per_prompt.mean() if len(r) else per_prompt.sum()
+    return per_prompt.mean() if r.shape[0] else per_prompt.sum()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ torch.compile; values inside tensors are checked by the operations themselves, o
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -76,23 +77,16 @@ def number(
     below: float = math.inf,
     at_most: float = math.inf,
 ) -> float:
-    """A finite Python number within bounds; `above` and `below` are exclusive."""
-    bounds = [
-        f"{word} {limit:g}"
-        for word, limit in (
-            (">", above),
-            (">=", at_least),
-            ("<", below),
-            ("<=", at_most),
-        )
-        if math.isfinite(limit)
-    ]
-    want = " and ".join(["a finite number", *bounds])
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
-        raise wrong(name, x, want)
-    if not math.isfinite(x) or x <= above or x < at_least or x >= below or x > at_most:
-        raise wrong(name, x, want)
-    return x
+    """A finite number, numpy's too, within bounds; `above` and `below` are exclusive."""
+    if not isinstance(x, (int, float)) and isinstance(x, Real):
+        x = float(x)  # numpy's float32, which is no float
+    plain = isinstance(x, (int, float)) and not isinstance(x, bool)
+    # Comparisons alone: math.isfinite cannot be asked of torch.compile's symbols.
+    if plain and above < x < below and at_least <= x <= at_most:  # type: ignore[operator]
+        return x  # type: ignore[return-value]
+    limits = ((">", above), (">=", at_least), ("<", below), ("<=", at_most))
+    bounds = [f"{word} {limit:g}" for word, limit in limits if math.isfinite(limit)]
+    raise wrong(name, x, " and ".join(["a finite number", *bounds]))
 
 
 def whole(name: str, x: object, *, at_least: int) -> int:

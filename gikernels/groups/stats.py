@@ -8,7 +8,6 @@ they stand in reference.py, and here their arguments are checked.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from gikernels import reference
 from gikernels.backends import checks, dispatch
+from gikernels.backends.symbols import bounds
 from gikernels.reference import GroupStats, SoftGroups, stat_dtype
 
 BACKENDS = ("triton", "cpp", "reference")
@@ -204,10 +204,11 @@ def group_weights(
         raise checks.wrong("clamp", clamp, "a pair (low, high)")
     low, high = clamp
     for x in clamp:
-        if isinstance(x, bool) or not isinstance(x, (int, float)) or math.isnan(x):
+        if isinstance(x, bool) or not isinstance(x, (int, float)) or x != x:
             raise checks.wrong("clamp", clamp, "two numbers")
     if low > high:
         raise checks.wrong("clamp", clamp, "low <= high")
+    low, high = bounds(low, high, returns.device)
     return reference.group_weights(
         probs, returns, beta, form=form, clamp=(low, high), reduce=reduce
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gikernels.backends import checks
+from gikernels.backends.symbols import changing
 from gikernels.reference import Experience, Gae, TokenStats, kl_estimate, stat_dtype
 from gikernels.sequence.experience_ops import experience_op, gae_op, normalize_op
 from gikernels.vocabulary.linear_logprobs import linear_logprobs
@@ -48,7 +49,7 @@ def kl_penalty(
         checks.ints("group_ids", group_ids)
         checks.shape("group_ids", group_ids, tuple(logprobs.shape[:1]), "one for each row")
         if not torch.compiler.is_compiling():
-            checks.ids_within("group_ids", group_ids, len(coef))
+            checks.ids_within("group_ids", group_ids, coef.shape[0])
         coef = coef.to(dtype)[group_ids.long()]
         coef = coef.view(-1, *(1,) * (logprobs.dim() - 1))
     return coef * kl_estimate(logprobs.to(dtype) - ref_logprobs.to(dtype), estimator)
@@ -78,10 +79,11 @@ def gae(
     _check_mask(mask, rewards)
     if last_values is not None:
         checks.floats("last_values", last_values)
-        checks.shape("last_values", last_values, (len(rewards),), "one for each sequence")
+        checks.shape("last_values", last_values, (rewards.shape[0],), "one for each sequence")
     _check_decay(gamma, lam)
     checks.same_device(rewards=rewards, values=values, mask=mask, last_values=last_values)
-    return Gae(*gae_op(rewards, values, mask, last_values, float(gamma), float(lam), backend))
+    carried, (gamma, lam) = changing(float(gamma), float(lam))
+    return Gae(*gae_op(rewards, values, mask, last_values, gamma, lam, backend, carried))
 
 
 def experience(
@@ -162,7 +164,7 @@ def _experience(
 ) -> Experience:
     """What `experience` and `linear_experience` share: the checks of their common arguments."""
     _tokens_like(logprobs, ref_logprobs=ref_logprobs, values=values, exact_kl=exact_kl)
-    sequences = len(logprobs) if cu_seqlens is None else len(cu_seqlens) - 1
+    sequences = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     checks.floats("scores", scores)
     checks.shape("scores", scores, (sequences,), "(S), one for each sequence")
     if isinstance(kl_coef, Tensor):
@@ -192,6 +194,8 @@ def _experience(
         exact_kl=exact_kl,
     )
     by_group = norm == "group"
+    number = 0.0 if isinstance(kl_coef, Tensor) else float(kl_coef)
+    carried, (number, gamma, lam, eps) = changing(number, float(gamma), float(lam), float(eps))
     outputs = experience_op(
         logprobs,
         ref_logprobs,
@@ -199,19 +203,20 @@ def _experience(
         scores,
         kept,
         kl_coefs=kl_coef if isinstance(kl_coef, Tensor) else None,
-        kl_coef=0.0 if isinstance(kl_coef, Tensor) else float(kl_coef),
+        kl_coef=number,
         cu_seqlens=cu_seqlens,
         group_ids=group_ids if by_group else None,
         exact_kl=exact_kl,
         num_groups=num_groups if by_group else 1,
-        gamma=float(gamma),
-        lam=float(lam),
+        gamma=gamma,
+        lam=lam,
         estimator=estimator,
         norm=norm,
-        eps=float(eps),
+        eps=eps,
         apply_norm=bool(apply_norm),
         ignore_index=ignore_index,
         backend=backend,
+        carried=carried,
     )
     return Experience(*outputs)
 
@@ -253,9 +258,9 @@ def linear_experience(
     statistics keep their gradient, the experience is constant.
     """
     checks.dims("hidden", checks.floats("hidden", hidden), 2, "(N, D)")
-    checks.shape("targets", checks.ints("targets", targets), (len(hidden),), "(N), one a row")
+    checks.shape("targets", checks.ints("targets", targets), (hidden.shape[0],), "(N), one a row")
     checks.dims("cu_seqlens", checks.ints("cu_seqlens", cu_seqlens), 1, "(S + 1)")
-    if len(cu_seqlens) == 0:
+    if cu_seqlens.shape[0] == 0:
         raise checks.wrong("cu_seqlens", cu_seqlens, "(S + 1), a 0 at least")
     checks.one_of("estimator", estimator, (*ESTIMATORS, "exact"))
     if estimator == "exact" and ref is None:
@@ -314,14 +319,15 @@ def normalize_advantages(
         raise checks.wrong("advantages", advantages, "(S, T) or (N)")
     _check_mask(mask, advantages)
     checks.dims("moments", checks.floats("moments", moments), 2, "(G, 3)")
-    groups = len(moments) if group_ids is not None else 1
+    groups = moments.shape[0] if group_ids is not None else 1
     checks.shape("moments", moments, (groups, 3), "count, mean and M2 of each group")
     if group_ids is not None:
         checks.ints("group_ids", group_ids)
         checks.shape("group_ids", group_ids, tuple(advantages.shape[:1]), "one for each row")
     checks.number("eps", eps, at_least=0)
     checks.same_device(advantages=advantages, mask=mask, moments=moments, group_ids=group_ids)
-    return normalize_op(advantages, mask, moments, group_ids, float(eps), backend)
+    carried, (eps,) = changing(float(eps))
+    return normalize_op(advantages, mask, moments, group_ids, eps, backend, carried)
 
 
 def _tokens_like(first: Tensor, **others: Tensor | None) -> None:

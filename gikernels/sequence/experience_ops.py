@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gikernels.backends import checks, dispatch
+from gikernels.backends.symbols import settled
 from gikernels.reference import Experience, Gae, stat_dtype
 
 BACKENDS = ("triton", "reference")
@@ -59,7 +60,9 @@ def gae_op(
     gamma: float,
     lam: float,
     backend: str,
+    carried: Tensor | None = None,  # the numbers, where torch.compile knows them as symbols
 ) -> tuple[Tensor, Tensor]:
+    gamma, lam = settled(carried, gamma, lam)
     out = _blank_gae(rewards, values)
     chosen = dispatch.choose(backend, rewards, BACKENDS)
     if out.returns.numel():
@@ -69,7 +72,7 @@ def gae_op(
 
 
 @gae_op.register_fake
-def _(rewards, values, mask, last_values, gamma, lam, backend):
+def _(rewards, values, mask, last_values, gamma, lam, backend, carried=None):
     return _blank_gae(rewards, values)
 
 
@@ -87,7 +90,7 @@ def _blank_experience(
         return logprobs.new_empty(shape, dtype=dtype)
 
     rewards, kl, advantages, returns = (empty(*logprobs.shape) for _ in range(4))
-    seq_kl, moments = empty(len(scores)), empty(num_groups, 3)
+    seq_kl, moments = empty(scores.shape[0]), empty(num_groups, 3)
     return Experience(rewards, kl, advantages, returns, seq_kl, moments)
 
 
@@ -112,7 +115,9 @@ def experience_op(
     apply_norm: bool,
     ignore_index: int,
     backend: str,
+    carried: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kl_coef, gamma, lam, eps = settled(carried, kl_coef, gamma, lam, eps)
     if group_ids is not None:
         checks.ids_within("group_ids", group_ids, num_groups)
     if cu_seqlens is not None:
@@ -170,7 +175,9 @@ def normalize_op(
     group_ids: Tensor | None,
     eps: float,
     backend: str,
+    carried: Tensor | None = None,
 ) -> Tensor:
+    (eps,) = settled(carried, eps)
     if group_ids is not None:
         checks.ids_within("group_ids", group_ids, len(moments))
     out = advantages.new_empty(advantages.shape, dtype=stat_dtype(advantages, moments))
@@ -181,7 +188,7 @@ def normalize_op(
 
 
 @normalize_op.register_fake
-def _(advantages, mask, moments, group_ids, eps, backend):
+def _(advantages, mask, moments, group_ids, eps, backend, carried=None):
     return advantages.new_empty(advantages.shape, dtype=stat_dtype(advantages, moments))
 
 

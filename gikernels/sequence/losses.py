@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gikernels import reference
 from gikernels.backends import checks
+from gikernels.backends.symbols import bounds
 from gikernels.reference import LossOut
 
 
@@ -48,6 +49,7 @@ def ppo_loss(
     checks.number("clip_high", clip_high, at_least=0)
     if dual_clip is not None:
         checks.number("dual_clip", dual_clip, above=1)
+    clip_low, clip_high = bounds(clip_low, clip_high, logprobs.device)
     return reference.ppo_loss(
         logprobs,
         old_logprobs,
@@ -81,6 +83,7 @@ def cispo_loss(
     _check_tokens(logprobs, mask, old_logprobs=old_logprobs, advantages=advantages)
     denom = checks.denominator(denom, mask)
     checks.caps(cap_low, cap_high)
+    cap_low, cap_high = bounds(cap_low, cap_high, logprobs.device)
     return reference.cispo_loss(
         logprobs, old_logprobs, advantages, mask, denom=denom, cap_low=cap_low, cap_high=cap_high
     )
@@ -113,6 +116,7 @@ def gspo_loss(
     checks.number("clip_high", clip_high, at_least=0)
     if denom is not None:
         denom = checks.denominator(denom, advantages)
+    clip_low, clip_high = bounds(clip_low, clip_high, logprobs.device)
     return reference.gspo_loss(
         logprobs,
         old_logprobs,
@@ -145,6 +149,7 @@ def value_loss(
     denom = checks.denominator(denom, mask)
     if clip is not None:
         checks.number("clip", clip, at_least=0)
+        clip, _ = bounds(clip, clip, values.device)
     return reference.value_loss(values, old_values, returns, mask, denom=denom, clip=clip)
 
 

@@ -53,8 +53,10 @@ def head_arguments(
     if hidden.dim() == 0:
         raise checks.wrong("hidden", hidden, "shape (..., D)")
     checks.dims("weight", weight, 2, "(V, D)")
-    checks.shape("weight", weight, (len(weight), hidden.shape[-1]), "(V, D) with the D of hidden")
-    if len(weight) == 0:
+    checks.shape(
+        "weight", weight, (weight.shape[0], hidden.shape[-1]), "(V, D) with the D of hidden"
+    )
+    if weight.shape[0] == 0:
         raise checks.wrong("weight", weight, "a vocabulary of at least one token")
     checks.shape("targets", checks.ints("targets", targets), hidden.shape[:-1], "one for each row")
     checks.same_device(hidden=hidden, weight=weight, targets=targets, bias=bias)
@@ -62,7 +64,7 @@ def head_arguments(
     if weight.dtype != hidden.dtype:
         raise checks.wrong("weight", weight, f"the dtype of hidden, {hidden.dtype}, or autocast")
     if bias is not None:
-        checks.shape("bias", checks.floats("bias", bias), (len(weight),), "one for each token")
+        checks.shape("bias", checks.floats("bias", bias), (weight.shape[0],), "one for each token")
         checks.not_sharded("bias", bias)
         bias = autocast(bias)
         if bias.dtype != hidden.dtype:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gikernels.backends import checks, dispatch
 from gikernels.backends.settings import workspace_for
+from gikernels.backends.symbols import changing, settled
 from gikernels.reference import TokenStats, stat_dtype
 from gikernels.vocabulary.head import (
     Head,
@@ -171,7 +172,7 @@ def _outputs(
     hidden: Tensor, ref_hidden: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised logprobs, entropy, kl and the statistics of RowStats, one row each."""
-    n, has_ref = len(hidden), ref_hidden is not None
+    n, has_ref = hidden.shape[0], ref_hidden is not None  # len() would fix a symbolic length
     logprobs, entropy = (hidden.new_empty(n, dtype=dtype) for _ in range(2))
     kl = hidden.new_empty(n if has_ref else 0, dtype=dtype)
     stats = hidden.new_empty(6 if has_ref else 3, n, dtype=dtype)
@@ -205,8 +206,10 @@ def _op(
     ref_weight: Tensor | None,
     ignore_index: int,
     backend: str,  # "reference" or "triton", as dispatch.choose returned it
+    carried: Tensor | None = None,  # the three numbers, where torch.compile knows them as symbols
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logprobs, entropy, kl (empty without a reference), and statistics for the backward."""
+    temperature, softcap, logit_scale = settled(carried, temperature, softcap, logit_scale)
     if hidden.device.type == "cpu":
         kept = targets != ignore_index
         check_values(
@@ -233,10 +236,7 @@ def _op(
 
 
 @_op.register_fake
-def _(
-    hidden, weight, targets, temperature, temperatures, bias, softcap, logit_scale, ref_hidden,
-    ref_weight, ignore_index, backend,
-):  # fmt: skip
+def _(hidden, weight, targets, temperature, temperatures, bias, softcap, scale, ref_hidden, *_):
     return _outputs(hidden, ref_hidden, stat_dtype(hidden, weight))
 
 
@@ -263,8 +263,10 @@ def _backward_op(
     ignore_index: int,
     backend: str,
     wanted: list[bool],  # gradients of hidden, weight, bias
+    carried: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; empty where they are not wanted."""
+    temperature, softcap, logit_scale = settled(carried, temperature, softcap, logit_scale)
     dhidden, dweight, dbias = _gradients(hidden, weight, bias, wanted)
     upstream = [g_logprobs, g_entropy, g_kl]
     # Masked, clipped or zero-advantage rows have no gradient: they cost nothing from here on.
@@ -330,23 +332,25 @@ def _gradients(
 @_backward_op.register_fake
 def _(
     g_logprobs, g_entropy, g_kl, logprobs, stats, hidden, weight, targets, temperature,
-    temperatures, bias, softcap, logit_scale, ref_hidden, ref_weight, ignore_index, backend, wanted,
+    temperatures, bias, softcap, logit_scale, ref_hidden, ref_weight, ignore_index, backend,
+    wanted, carried=None,
 ):  # fmt: skip
     return _gradients(hidden, weight, bias, wanted)
 
 
 def _setup(ctx, inputs, output):
-    hidden, weight, targets, _, temperatures, bias, _, _, ref_hidden, ref_weight, _, _ = inputs
+    hidden, weight, targets, _, temperatures, bias, _, _, ref_hidden, ref_weight, _, _, c = inputs
     ctx.numbers = (inputs[3], inputs[6], inputs[7], inputs[10], inputs[11])
     ctx.save_for_backward(
-        hidden, weight, targets, temperatures, bias, ref_hidden, ref_weight, output[0], output[3]
+        hidden, weight, targets, temperatures, bias, ref_hidden, ref_weight, c, output[0], output[3]
     )
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, g_logprobs, g_entropy, g_kl, g_stats):
     (
-        hidden, weight, targets, temperatures, bias, ref_hidden, ref_weight, logprobs, stats
+        hidden, weight, targets, temperatures, bias, ref_hidden, ref_weight, carried, logprobs,
+        stats,
     ) = ctx.saved_tensors  # fmt: skip
     temperature, softcap, logit_scale, ignore_index, backend = ctx.numbers
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 5)]
@@ -355,10 +359,10 @@ def _backward(ctx, g_logprobs, g_entropy, g_kl, g_stats):
     dhidden, dweight, dbias = _backward_op(
         g_logprobs, g_entropy, g_kl, logprobs, stats, hidden, weight, targets, temperature,
         temperatures, bias, softcap, logit_scale, ref_hidden, ref_weight, ignore_index, backend,
-        wanted,
+        wanted, carried,
     )  # fmt: skip
     grads = [g if want else None for g, want in zip((dhidden, dweight, dbias), wanted)]
-    return (grads[0], grads[1], None, None, None, grads[2], *(None,) * 6)
+    return (grads[0], grads[1], None, None, None, grads[2], *(None,) * 7)
 
 
 _op.register_autograd(_backward, setup_context=_setup)
@@ -398,6 +402,7 @@ def linear_logprobs(
     ref_hidden, ref_weight = _reference_arguments(ref, hidden, weight)
     temperature, temperatures = temperature_arguments(temperature, targets)
     softcap, logit_scale = transform_arguments(softcap, logit_scale)
+    carried, (temperature, softcap, logit_scale) = changing(temperature, softcap, logit_scale)
     checks.whole("ignore_index", ignore_index, at_least=-(2**63))
     chosen = choose_backend(backend, hidden)
     shape = targets.shape
@@ -416,6 +421,7 @@ def linear_logprobs(
         ref_weight,
         ignore_index,
         chosen,
+        carried,
     )
     return TokenStats(
         logprobs.view(shape), entropy.view(shape), None if ref is None else kl.view(shape)
@@ -435,7 +441,7 @@ def _reference_arguments(
     checks.shape(
         "ref[0]", x, (*hidden.shape[:-1], w.shape[1]), "hidden's leading dimensions and D'"
     )
-    checks.shape("ref[1]", w, (len(weight), w.shape[1]), "the vocabulary of weight and D'")
+    checks.shape("ref[1]", w, (weight.shape[0], w.shape[1]), "the vocabulary of weight and D'")
     checks.same_device(hidden=hidden, **{"ref[0]": x, "ref[1]": w})
     x, w = autocast(x), autocast(w)
     if x.dtype != w.dtype:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from gikernels.backends import checks, dispatch
 from gikernels.backends.settings import workspace_for
+from gikernels.backends.symbols import changing, settled
 from gikernels.reference import TokenStats, stat_dtype, transform_logits
 from gikernels.vocabulary.head import Kept
 from gikernels.vocabulary.logprobs_transform import Transform, row_view
@@ -157,11 +158,13 @@ def _op(
     logit_scale: float,
     ignore_index: int,
     backend: str,  # "reference" or "triton", as dispatch.choose returned it
+    carried: Tensor | None = None,  # the three numbers, where torch.compile knows them as symbols
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs (N), entropy (N), kl (N) or (0), and for the backward, of no use to anyone else:
 
     (N, 2) or (N, 4) of peak, log total, ref_peak, cross / total.
     """
+    temperature, softcap, logit_scale = settled(carried, temperature, softcap, logit_scale)
     how = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
     _check_values(logits, targets, temperatures, ignore_index)
     if backend == "triton":
@@ -201,6 +204,7 @@ def _(
     logit_scale,
     ignore_index,
     backend,
+    carried=None,
 ):
     n, dtype = targets.shape[0], stat_dtype(logits)
     has_ref = ref_logits is not None
@@ -226,8 +230,10 @@ def _backward_op(
     logit_scale: float,
     ignore_index: int,
     backend: str,
+    carried: Tensor | None = None,
 ) -> Tensor:
     """Gradient of the logits, contiguous (..., V)."""
+    temperature, softcap, logit_scale = settled(carried, temperature, softcap, logit_scale)
     how = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
     if ref_logits is None:
         grad_kl = torch.zeros_like(entropy)
@@ -247,15 +253,16 @@ def _(grad_logprobs, grad_entropy, grad_kl, logits, *others):
 
 
 def _setup_context(ctx, inputs, output):
-    logits, targets, ref_logits, temperatures, *ctx.options = inputs
+    logits, targets, ref_logits, temperatures, *ctx.options, carried = inputs
     _, entropy, _, norms = output
     ctx.mark_non_differentiable(norms)
-    ctx.save_for_backward(logits, targets, ref_logits, temperatures, entropy, norms)
+    ctx.save_for_backward(logits, targets, ref_logits, temperatures, entropy, norms, carried)
 
 
 def _backward(ctx, grad_logprobs, grad_entropy, grad_kl, _):
-    dlogits = _backward_op(grad_logprobs, grad_entropy, grad_kl, *ctx.saved_tensors, *ctx.options)
-    return dlogits, *[None] * 8
+    *saved, carried = ctx.saved_tensors
+    dlogits = _backward_op(grad_logprobs, grad_entropy, grad_kl, *saved, *ctx.options, carried)
+    return dlogits, *[None] * 9
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -312,16 +319,17 @@ def logprobs(
     checks.same_device(
         logits=logits, targets=targets, ref_logits=ref_logits, temperature=temperatures
     )
+    softcap = None if softcap is None else float(softcap)
+    carried, numbers = changing(float(temperature), softcap, float(logit_scale))
     logprob, entropy, kl, _ = _op(
         logits,
         targets.reshape(-1).long(),
         ref_logits,
         temperatures,
-        float(temperature),
-        None if softcap is None else float(softcap),
-        float(logit_scale),
+        *numbers,
         ignore_index,
         _choose(backend, logits),
+        carried,
     )
     return TokenStats(
         logprob.view(targets.shape),

@@ -16,12 +16,14 @@ policy_loss_terms.py, the Triton half in policy_loss_triton.py.
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gikernels.backends import checks, dispatch
 from gikernels.backends.settings import workspace_for
+from gikernels.backends.symbols import changing, settled
 from gikernels.reference import LossOut, stat_dtype
 from gikernels.vocabulary.head import (
     Head,
@@ -190,12 +192,17 @@ def _op(
     logit_scale: float,
     backend: str,
     wanted: list[bool],  # gradients of hidden, weight, bias
+    carried: Tensor | None = None,  # the numbers, where torch.compile knows them as symbols
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss (), METRICS stacked, and the gradients of the loss, empty where not wanted.
 
     Of fp16 the gradients come in fp32, of the sum and not of the loss: divided by denom they would
     underflow before a loss scale can help.
     """
+    numbers = (clip_low, clip_high, dual_clip, cap_low, cap_high, kl_coef, entropy_coef)
+    *of_recipe, temperature, softcap, logit_scale = settled(
+        carried, *numbers, temperature, softcap, logit_scale
+    )
     dtype = stat_dtype(hidden, weight)
     kept = Kept(mask)
     pick = kept.pick
@@ -215,9 +222,7 @@ def _op(
     )
     if hidden.device.type == "cpu":
         check_values(tokens.targets, temperature_n, len(weight))
-    recipe = Recipe(
-        loss, clip_low, clip_high, dual_clip, cap_low, cap_high, kl_coef, kl_estimator, entropy_coef
-    )
+    recipe = Recipe(loss, kl_estimator, *of_recipe)
     scale = torch.ones_like(denom) if hidden.dtype == torch.float16 else 1 / denom
     x, head = pick(hidden), Head(weight, bias, softcap, logit_scale)
     if backend == "triton":
@@ -246,6 +251,7 @@ def _(
     hidden, weight, targets, old_logprobs, advantages, mask, denom, weights, loss, clip_low,
     clip_high, dual_clip, cap_low, cap_high, ref_logprobs, kl_coef, kl_coefs, kl_estimator,
     entropy_coef, temperature, temperatures, bias, softcap, logit_scale, backend, wanted,
+    carried=None,
 ):  # fmt: skip
     dtype = stat_dtype(hidden, weight)
     count = len(METRICS) - (ref_logprobs is None)
@@ -276,7 +282,7 @@ def _backward(ctx, g_loss, *_):
         for tensor, number in zip(ctx.saved_tensors, ctx.numbers)
     ]
     hidden, weight, bias, denom = (*inputs[:2], inputs[BIAS], inputs[6])
-    backend, wanted = inputs[-2:]
+    backend, wanted = inputs[-3:-1]
     if g_loss is None:
         return (None,) * len(inputs)
     gradients, ctx.gradients = ctx.gradients, None
@@ -376,7 +382,8 @@ def linear_policy_loss(
         checks.shape("kl_coef", kl_coefs, targets.shape, "one for each row")
         checks.same_device(hidden=hidden, kl_coef=kl_coefs)
         kl_coefs, kl_coef = kl_coefs.detach(), 1.0
-    if checks.number("kl_coef", kl_coef) and ref_logprobs is None:
+    kl_coef = checks.number("kl_coef", kl_coef)
+    if ref_logprobs is None and kl_coef != 0:
         raise checks.wrong("ref_logprobs", None, "a tensor (N), as kl_coef is not 0")
     checks.number("entropy_coef", entropy_coef)
     checks.one_of("kl_estimator", kl_estimator, ("k1", "k2", "k3"))
@@ -386,6 +393,16 @@ def linear_policy_loss(
     denom, weights = denominators(checks.denominator(denom, mask), mask, dtype)
     grad = torch.is_grad_enabled()
     wanted = [x is not None and grad and x.requires_grad for x in (hidden, weight, bias)]
+    numbers: Any = (clip_low, clip_high, dual_clip, cap_low, cap_high, kl_coef, entropy_coef)
+    numbers = (
+        *(None if x is None else float(x) for x in numbers),
+        temperature,
+        softcap,
+        logit_scale,
+    )
+    carried, numbers = changing(*numbers)
+    clip_low, clip_high, dual_clip, cap_low, cap_high, kl_coef, entropy_coef = numbers[:7]
+    temperature, softcap, logit_scale = numbers[7:]
     total, metrics, *_ = _op(
         hidden,
         weight,
@@ -396,16 +413,16 @@ def linear_policy_loss(
         denom,
         weights,
         loss,
-        float(clip_low),
-        float(clip_high),
-        None if dual_clip is None else float(dual_clip),
-        float(cap_low),
-        float(cap_high),
+        clip_low,
+        clip_high,
+        dual_clip,
+        cap_low,
+        cap_high,
         None if ref_logprobs is None else ref_logprobs.detach(),
-        float(kl_coef),
+        kl_coef,
         kl_coefs,
         kl_estimator,
-        float(entropy_coef),
+        entropy_coef,
         temperature,
         temperatures,
         bias,
@@ -413,5 +430,6 @@ def linear_policy_loss(
         logit_scale,
         choose_backend(backend, hidden),
         wanted,
+        carried,
     )
     return LossOut(total, dict(zip(METRICS, metrics.detach().unbind())))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gikernels import reference
 from gikernels.backends import dispatch
+from gikernels.backends.symbols import scalar
 
 METRICS = ("policy", "ratio", "clipfrac", "approxkl", "entropy", "kl")
 
@@ -38,13 +39,13 @@ class Tokens(NamedTuple):
 
 class Recipe(NamedTuple):
     loss: str  # "ppo" or "cispo"
+    kl_estimator: str
     clip_low: float
     clip_high: float
     dual_clip: float | None
     cap_low: float
     cap_high: float
     kl_coef: float
-    kl_estimator: str
     entropy_coef: float
 
     def terms(self, logprobs: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +99,7 @@ def denominators(
     """One for all rows, and what share of it each row counts, where rows have their own: gradients
     of fp16 are divided by the one at the end, as they would underflow before."""
     if not isinstance(denom, Tensor):
-        return torch.full((), denom, dtype=dtype, device=mask.device), None
+        return scalar(denom, mask, dtype), None
     denom = denom.detach().to(mask.device, dtype)
     if denom.dim() == 0:
         return denom, None
