@@ -1,6 +1,7 @@
-"""Does the method do what is claimed of it? A matrix of runs on the toy world, and its analysis.
+"""Does the method do what is claimed of it? A matrix of runs, and its analysis.
 
     matrix.py      which runs: arms (settings), worlds, sections        READ FIRST
+    quick.py       the smallest settings that run
     store.py       what is done already, found again by its settings
     scheduler.py   what runs next, in as many processes as asked for
     worker.py      one run in a process of its own, and what is kept of it

@@ -7,6 +7,7 @@
     python -m bench.evidence --quick              a smoke run of a few minutes: no evidence
     python -m bench.evidence --analyse-only       the page, from what is there
     python -m bench.evidence --seeds 100-102      tuning seeds: a page of their own, no evidence
+    python -m bench.evidence --world reasoning    the study of another world, with its own page
 
 Killed, it goes on where it was. Results lie in --folder, one small file a run; a run whose settings
 have changed runs again (--again ARM runs it again anyway, after a change of the code).
@@ -20,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.evidence import matrix
+from bench.evidence import matrix, quick
 from bench.evidence.matrix import ARMS, SECTIONS, TUNING_SEEDS
 from bench.evidence.scheduler import Scheduler, Study, StudyError, cores
 from bench.evidence.store import Store
@@ -42,11 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def study(args: argparse.Namespace) -> int:
     sections = _sections(args)
+    small = quick.REASONING if args.world == "reasoning" else quick.TOY
     seeds = {name: _seeds(args, name) for name in sections}
     tuning = any(seed in TUNING_SEEDS for each in seeds.values() for seed in each)
     folder = Path(args.folder) / ("quick" if args.quick else "tuning" if tuning else "")
     store = Store(folder)
-    extra = (*(matrix.QUICK_OVERRIDES if args.quick else ()), *args.set)
+    extra = (*(small if args.quick else ()), *args.set)
     runs = Study(store, extra)
     wanted = order(sections, seeds, _arms(args))
     if args.list:
@@ -66,8 +68,9 @@ def study(args: argparse.Namespace) -> int:
     target = Path(args.output) if args.output else _output(args, folder, tuning)
     # The page is of all that is there, and not only of what this call asked for; where settings
     # are others than the packaged ones, not every arm need be possible.
-    shown = list(dict.fromkeys(arm for arm, _ in wanted)) if runs.extra else list(ARMS)
-    print(page.write(runs, shown, target))
+    every = [arm for name in matrix.sections_of(args.world) for arm in SECTIONS[name].arms]
+    shown = list(dict.fromkeys((arm for arm, _ in wanted) if runs.extra else every))
+    print(page.write(runs, shown, target, args.world))
     if failed:
         names = ", ".join(f"{step.name} seed {step.seed}" for step in failed.values())
         print(f"evidence: failed, and missing above: {names}", file=sys.stderr)
@@ -92,19 +95,24 @@ def order(
 
 
 def _sections(args: argparse.Namespace) -> list[str]:
+    there = matrix.sections_of(args.world)
     if not args.section:
-        return list(matrix.QUICK if args.quick else SECTIONS)
+        return [
+            name
+            for name in there
+            if not args.quick or args.world != "toy" or name in quick.SECTIONS
+        ]
     names = args.section.split(",")
     for name in names:
-        if name not in SECTIONS:
-            meant = did_you_mean(name, list(SECTIONS))
-            raise StudyError(f"--section {name}: no such section{meant}; {', '.join(SECTIONS)}")
+        if name not in there:
+            meant = did_you_mean(name, there)
+            raise StudyError(f"--section {name}: no such section{meant}; {', '.join(there)}")
     return names
 
 
 def _arms(args: argparse.Namespace) -> Sequence[str]:
     if not args.arms:
-        return matrix.QUICK_ARMS if args.quick else ()
+        return quick.ARMS if args.quick and args.world == "toy" else ()
     names = args.arms.split(",")
     for name in names:
         if name not in ARMS:
@@ -151,6 +159,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m bench.evidence",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--world", default="toy", choices=("toy", *matrix.STUDIES), help="whose study"
     )
     parser.add_argument("--section", default="", help="sections, with commas between")
     parser.add_argument("--arms", default="", help="of these sections only some arms")

@@ -26,6 +26,9 @@ class World:
     """What changes the demonstrations, and with them the SFT model."""
     rewards: tuple[str, ...] = ()
     """What changes only gold, the annotators or the reward model."""
+    config: str = CONFIG
+    one_model: bool = False
+    """All seeds start from the SFT model of seed 1, on the same problems: what differs is PPO."""
 
 
 WORLDS = {
@@ -45,6 +48,11 @@ WORLDS = {
     "unrated": World(
         "the reward model learns from pairs alone: an arbitrary offset for each prompt",
         rewards=("rm.rating=0.0",),
+    ),
+    "reasoning": World(
+        "families of reasoning-gym, exact verifiers as rewards, no reward model",
+        config="reasoning",
+        one_model=True,
     ),
 }
 
@@ -244,6 +252,40 @@ _ROBUSTNESS = (
 )
 _WORLDS = {name: _world(name) for name in ("costly", "harmless", "thin")}
 
+
+def _reasoning(name: str, title: str, *overrides: str) -> Arm:
+    return Arm(f"reasoning/{name}", title, overrides, "reasoning")
+
+
+def _equally(name: str, title: str, *overrides: str, source: str = "default") -> Arm:
+    """At the mean coefficient of another arm."""
+    of = f"reasoning/{source}"
+    return _fixed(f"reasoning/{name}", title, *overrides, source=of, world="reasoning")
+
+
+_GRPO = (
+    "ppo.advantages=group_norm",
+    "ppo.samples_per_prompt=8",
+    "ppo.prompts_per_step=16",
+    "ppo.kl_in_loss=true",
+    "kl.estimator=k3",
+)
+"""As many answers a step as PPO, eight to a prompt."""
+_REASONING_MAIN = (
+    Arm("reasoning/sft", "the SFT model", world="reasoning", kind="evaluate"),
+    _reasoning("default", "group-invariant PPO, as packaged"),
+    _equally("ppo_equal", "PPO at its mean coefficient", *PLAIN),
+    _equally("drawing", "drawing alone, at its mean coefficient"),
+    _reasoning("gi_grpo", "group-invariant GRPO", *_GRPO),
+    _equally("grpo", "GRPO at its mean coefficient", *PLAIN, *_GRPO, source="gi_grpo"),
+    _reasoning("oracle", "groups: the true families", "groups.inference=oracle"),
+    _reasoning("random", "groups at random", "groups.inference=random"),
+)
+_REASONING_RULES = tuple(
+    _reasoning(rule, f"draws by the rule {rule}", f"groups.draw={rule}")
+    for rule in ("variance", "gdro", "progress", "bandit", "signal")
+)
+
 ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
@@ -262,6 +304,8 @@ ARMS: dict[str, Arm] = {
         *_HEAD,
         *(arm for arms in _WORLDS.values() for arm in arms),
         *_ROBUSTNESS,
+        *_REASONING_MAIN,
+        *_REASONING_RULES,
     )
 }
 
@@ -346,32 +390,34 @@ SECTIONS: dict[str, Section] = {
         "Disturbances of the reward hit PPO as well; those of the groups only the method.",
         _names(_ROBUSTNESS, "default", "ppo_equal"),
     ),
+    "reasoning": Section(
+        "The method, its parts, PPO and GRPO",
+        "One SFT model for all. Every arm answers as many prompts as often; gold: the answer is "
+        "right (pass@1).",
+        _names(_REASONING_MAIN),
+        control="reasoning/default",
+    ),
+    "reasoning_rules": Section(
+        "By which rule prompts are drawn",
+        "Default: even.",
+        _names(_REASONING_RULES, "reasoning/default", "reasoning/ppo_equal"),
+        control="reasoning/default",
+    ),
 }
 
-QUICK = ("main", "robustness")
-QUICK_ARMS = ("sft", "default", "ppo_equal", "plus_weights", "ppo_0", "ppo_0.2", "groups_30")
-QUICK_OVERRIDES = (
-    "toy.hidden=64",
-    "toy.layers=1",
-    "toy.intermediate=128",
-    "toy.demonstrations=4000",
-    "toy.prompts=512",
-    "sft.steps=200",
-    "rm.steps=30",
-    "rm.pairs=512",
-    "ppo.steps=12",
-    "ppo.warmup=1",
-    "ppo.lr=1e-3",
-    "ppo.critic_warmup_steps=1",
-    "ppo.prompts_per_step=32",
-    "eval.every=3",
-    "eval.samples_per_domain=16",
-)
-"""A study in minutes that shows that everything runs, and nothing about the method."""
+
+def sections_of(world: str) -> list[str]:
+    """Of one study, in order."""
+    elsewhere = {name for names in STUDIES.values() for name in names}
+    return [*STUDIES[world]] if world in STUDIES else [s for s in SECTIONS if s not in elsewhere]
+
+
+STUDIES = {"reasoning": ("reasoning", "reasoning_rules")}
+"""Sections with a page of their own; all others are the study of the toy world."""
 
 
 def controls(section: Section, arms: Sequence[str]) -> list[str]:
     """What the arms of a section are compared with, of those that are there."""
     equal = section.control.replace("default", "ppo_equal")
-    names = (section.control, equal, "default", "soft_ppo_equal")
+    names = (section.control, equal, "reasoning/grpo", "default", "soft_ppo_equal")
     return [name for name in dict.fromkeys(names) if name in arms]

@@ -52,6 +52,11 @@ MEASURES: dict[str, Measure] = {
     "proxy_final": Measure("proxy, final", "proxy", None),
     "drift": Measure("proxy minus gold, since SFT", "proxy - gold", False, gold=True),
     "gold_lost": Measure("gold lost since its best evaluation", "gold lost", False, gold=True),
+    "above_guessing": Measure(
+        "least above guessing of any domain, final", "above guessing", True, gold=True
+    ),
+    "guessing": Measure("domains no better than guessing", "guessing", False, 1),
+    "generated": Measure("million tokens generated", "M tokens", None, 2),
     "kl_final": Measure("KL, final", "KL", None, 2),
     "kl_run": Measure("KL, over the run", "KL, run", None, 2),
     "coef": Measure("mean KL coefficient", "coefficient", None),
@@ -83,7 +88,8 @@ def figures(record: dict, sft: dict | None = None, grouped: dict | None = None) 
 
     domains = by_domain(start, "gold")
     hardest = min(domains, key=lambda name: domains[name])
-    shares = {name: settings[f"toy.shares.{name}"] for name in domains}
+    world = "reasoning" if settings.get("data.prompts") == "reasoning" else "toy"
+    shares = {name: settings[f"{world}.shares.{name}"] for name in domains}
     whole = sum(shares.values())
     for when, some in (("run", lines), ("final", final)):
         gold = [by_domain(line, "gold") for line in some]
@@ -102,6 +108,12 @@ def figures(record: dict, sft: dict | None = None, grouped: dict | None = None) 
     before = start["eval/proxy"] - start["eval/gold"]
     out["drift"] = out["proxy_final"] - out["gold_final"] - before
     out["seconds"] = record["seconds"]
+    guessed = (sft or record).get("guessing")
+    if guessed:
+        out["above_guessing"] = min(means[name] - share for name, share in guessed.items())
+        out["guessing"] = sum(means[name] <= share for name, share in guessed.items())
+    if "rollout/generated" in record["curves"]:
+        out["generated"] = sum(record["curves"]["rollout/generated"]) / 1e6
 
     if run:
         curve = [line["eval/gold"] for line in record["evaluations"]]

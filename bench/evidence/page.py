@@ -13,11 +13,19 @@ from pathlib import Path
 
 from bench.evidence import claims
 from bench.evidence.blocks import Block, html, markdown
-from bench.evidence.matrix import ARMS, SECTIONS, TUNING_SEEDS, WORLDS, Section, controls
-from bench.evidence.measure import FRONTIER, MARGIN, MEASURES, Runs
+from bench.evidence.matrix import (
+    ARMS,
+    SECTIONS,
+    TUNING_SEEDS,
+    WORLDS,
+    Section,
+    controls,
+    sections_of,
+)
+from bench.evidence.measure import FRONTIER, MARGIN, MEASURES, Runs, by_domain
 from bench.evidence.plots import plots
 from bench.evidence.scheduler import Study
-from bench.evidence.stats import Interval, WinRate
+from bench.evidence.stats import Interval, WinRate, interval
 
 TABLE = (
     "worst_run",
@@ -29,8 +37,11 @@ TABLE = (
     "ood_final",
     "gap_final",
     "drift",
+    "above_guessing",
+    "guessing",
     "kl_final",
     "coef",
+    "generated",
 )
 GROUPS = (
     "ami",
@@ -47,26 +58,30 @@ STABILITY = ("noise", "collapses", "gold_lost", "seconds")
 COMPARED = ("worst_run", "worst_final", "gold_run", "gold_final")
 
 
-def write(study: Study, arms: Sequence[str], target: Path) -> str:
-    """What is there of these arms into `target`; what to print: the claims, and where that is."""
+def write(study: Study, arms: Sequence[str], target: Path, world: str = "toy") -> str:
+    """What is there of these arms into `target`; what to print: the claims, and where that is.
+    `world`: whose study, with a page of its own."""
     seeds = sorted({record["seed"] for record in study.store.records.values()})
     runs = Runs(study, arms, seeds)
     if not runs.figures:
         return "no results yet"
     target.mkdir(parents=True, exist_ok=True)
-    seen = claims.table(runs)
+    toy = world == "toy"
+    seen = claims.table(runs) if toy else []
     blocks = [
-        *_opening(runs),
-        *_claims(seen),
-        *plots(runs, target),
-        *_wins(runs),
-        *(block for section in SECTIONS.values() for block in _section(runs, section)),
+        *_opening(runs, world),
+        *(_claims(seen) if toy else []),
+        *(plots(runs, target) if toy else []),
+        *(_wins(runs) if toy else []),
+        *(block for name in sections_of(world) for block in _section(runs, SECTIONS[name])),
+        *([] if toy else _domains(runs)),
         *_definitions(),
     ]
     title = "Evidence" if study.extra == () else "Evidence: a smoke run, which shows nothing"
-    (target / "evidence.md").write_text(markdown(title, blocks))
-    (target / "evidence.html").write_text(html(title, blocks, target))
-    (target / "evidence.json").write_text(json.dumps(_plain(runs, seen), indent=1) + "\n")
+    name = "evidence" if toy else f"evidence-{world}"
+    (target / f"{name}.md").write_text(markdown(title, blocks))
+    (target / f"{name}.html").write_text(html(title, blocks, target))
+    (target / f"{name}.json").write_text(json.dumps(_plain(runs, seen), indent=1) + "\n")
     lines = [
         (
             row.claim.text,
@@ -79,19 +94,20 @@ def write(study: Study, arms: Sequence[str], target: Path) -> str:
         for row in seen
         if row.verdict != claims.NO_DATA
     ]
-    return f"{_aligned(lines)}\n\n{target / 'evidence.md'}"
+    return f"{_aligned(lines)}\n\n{target / name}.md" if toy else f"{target / name}.md"
 
 
 # --- blocks -------------------------------------------------------------------------------------
 
 
-def _opening(runs: Runs) -> list[Block]:
+def _opening(runs: Runs, world: str) -> list[Block]:
     records = [record for each in runs.records.values() for record in each.values()]
     commits = ", ".join(sorted({record["commit"] for record in records}))
     there = sorted({record["seed"] for record in records})
     lines = [
-        f"{len(records)} runs of the toy world, seeds {', '.join(map(str, there))}, commit "
-        f"{commits}. `python -m bench.evidence` makes this page again; docs/evidence.md reads it.",
+        f"{len(records)} runs of the world {world}, seeds {', '.join(map(str, there))}, commit "
+        f"{commits}. `python -m bench.evidence{'' if world == 'toy' else f' --world {world}'}` "
+        "makes this page again; docs/evidence.md reads it.",
     ]
     if set(there) & set(TUNING_SEEDS):
         lines.append("**These are tuning seeds: no evidence.**")
@@ -220,6 +236,35 @@ def _section(runs: Runs, section: Section) -> list[Block]:
     return blocks
 
 
+def _domains(runs: Runs) -> list[Block]:
+    """Gold of each domain, final: the mean over seeds and draws, with the interval over seeds."""
+    by_arm: dict[str, dict[str, list[float]]] = {}
+    for arm, by_seed in runs.records.items():
+        for record in by_seed.values():
+            draws = [by_domain(draw["metrics"], "gold") for draw in record["draws"]]
+            for name in draws[0]:
+                mean = sum(draw[name] for draw in draws) / len(draws)
+                by_arm.setdefault(arm, {}).setdefault(name, []).append(mean)
+    names = list(dict.fromkeys(name for each in by_arm.values() for name in each))
+    rows = [
+        (ARMS[arm].title, *(_level(interval(each[name])) for name in names))
+        for arm, each in by_arm.items()
+    ]
+    guessed = [
+        record["guessing"]
+        for by_seed in runs.records.values()
+        for record in by_seed.values()
+        if "guessing" in record
+    ]
+    if guessed:
+        rows.append(("guessing", *(f"{guessed[0][name]:.3f}" for name in names)))
+    return [
+        Block("heading", "By family"),
+        Block("text", "Share of right answers (pass@1), last policy [95 % over seeds] (seeds)."),
+        Block("table", head=("", *names), rows=tuple(rows)),
+    ]
+
+
 def _against_best(runs: Runs, section: Section, arms: Sequence[str]) -> list[Block] | None:
     ours = section.control
     if ours not in arms or len(runs.sweep(ARMS[ours].world)) < 3:
@@ -273,6 +318,12 @@ def _definitions() -> list[Block]:
         ),
         Block("table", head=("world", "what it is"), rows=worlds),
     ]
+
+
+def _level(seen: Interval) -> str:
+    if math.isnan(seen.low):
+        return f"{seen.mean:.3f} (1)"
+    return f"{seen.mean:.3f} [{seen.low:.3f}, {seen.high:.3f}] ({seen.n})"
 
 
 def _interval(seen: Interval | None) -> str:

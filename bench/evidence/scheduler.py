@@ -22,7 +22,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from bench.evidence.matrix import ARMS, CONFIG, WORLDS, Arm
+from bench.evidence.matrix import ARMS, WORLDS, Arm
 from bench.evidence.store import Settings, Store, settings_of, short_hash
 from bench.evidence.worker import Task, carry_out
 from trainer import config as settings
@@ -65,7 +65,8 @@ class Study:
 
     def __init__(self, store: Store, extra: Sequence[str] = ()) -> None:
         self.store, self.extra = store, tuple(extra)
-        self.packaged = settings.load(CONFIG, [*PRIVATE, *extra])
+        self.packaged: dict[str, Config] = {}
+        self.of_world("toy")  # what is wrong in `extra` is wrong before anything runs
         self.found: dict[tuple[str, int], Path] = {}
         self.models: dict[tuple[str, str, int], Path] = {}
 
@@ -80,7 +81,7 @@ class Study:
         if (name, seed) in self.found:
             return None
         arm = ARMS[name]
-        for stage in ("sft", "rm"):
+        for stage in self._stages(arm.world):
             step = self._model(stage, arm.world, seed)
             if step is not None:
                 return step
@@ -98,15 +99,20 @@ class Study:
         self.found[name, seed] = path
         return None
 
+    def _stages(self, world: str) -> tuple[str, ...]:
+        """What PPO stands on; where rewards are functions there is no reward model."""
+        return ("sft", "rm") if self.of_world(world).reward.model_weight else ("sft",)
+
     def _model(self, stage: str, world: str, seed: int) -> Step | None:
+        there = WORLDS[world]
+        seed = 1 if there.one_model else seed
         if (stage, world, seed) in self.models:
             return None
-        there = WORLDS[world]
         overrides = [*there.sft, *(there.rewards if stage == "rm" else ())]
         if stage == "rm":
             overrides.append(f"model.policy={self._models_of('sft', world, seed)}")
         # No groups: a reward model without ratings would be refused for what PPO does with it.
-        config = self.load(seed, stage, [*overrides, "groups.inference=none"])
+        config = self.load(seed, stage, [*overrides, "groups.inference=none"], world)
         step = Step(stage, f"{stage}_{world}", seed, config, settings_of(config, stage))
         path = self.store.find(step.settings)
         if path is None:
@@ -115,7 +121,7 @@ class Study:
         return None
 
     def _models_of(self, stage: str, world: str, seed: int) -> Path:
-        return self.models[stage, world, seed].resolve()
+        return self.models[stage, world, 1 if WORLDS[world].one_model else seed].resolve()
 
     def _policy(self, arm: Arm, seed: int, coefficient: Sequence[str]) -> Step:
         world = WORLDS[arm.world]
@@ -124,17 +130,29 @@ class Study:
             *world.rewards,
             *arm.overrides,
             *coefficient,
-            f"model.policy={self._models_of('sft', arm.world, seed)}",
-            f"model.reward={self._models_of('rm', arm.world, seed)}",
+            *(
+                f"model.{'policy' if stage == 'sft' else 'reward'}="
+                f"{self._models_of(stage, arm.world, seed)}"
+                for stage in self._stages(arm.world)
+            ),
         ]
-        config = self.load(seed, "ppo", overrides)
+        config = self.load(seed, "ppo", overrides, arm.world)
         made_by = settings_of(config, arm.kind, dict(arm.disturb))
         return Step(arm.kind, arm.name, seed, config, made_by, arm.disturb)
 
-    def load(self, seed: int, stage: str, overrides: Sequence[str]) -> Config:
-        """A world of its own for each seed, so that no prompt of the tuning seeds comes back."""
-        about = (f"run.seed={seed}", f"toy.seed={seed}", f"run.stages=[{stage}]")
-        return self.packaged.override([*about, *overrides])
+    def load(self, seed: int, stage: str, overrides: Sequence[str], world: str = "toy") -> Config:
+        """A world of its own for each seed, so that no prompt of the tuning seeds comes back; but
+        for worlds in which all start from one model."""
+        own = () if WORLDS[world].one_model else (f"toy.seed={seed}",)
+        about = (f"run.seed={seed}", *own, f"run.stages=[{stage}]")
+        return self.of_world(world).override([*about, *overrides])
+
+    def of_world(self, world: str) -> Config:
+        """Its packaged configuration, with what is asked for in addition."""
+        name = WORLDS[world].config
+        if name not in self.packaged:
+            self.packaged[name] = settings.load(name, [*PRIVATE, *self.extra])
+        return self.packaged[name]
 
 
 def mean_coefficient(result: dict) -> float:

@@ -22,8 +22,8 @@ from trainer.config import Config
 
 Settings = dict[str, Any]
 STAGES = {
-    "sft": ("model.", "data.", "toy.", "sft."),
-    "rm": ("model.", "data.", "toy.", "sft.", "rm.", "rollout."),
+    "sft": ("model.", "data.", "toy.", "reasoning.", "sft."),
+    "rm": ("model.", "data.", "toy.", "reasoning.", "sft.", "rm.", "rollout."),
 }
 """Sections that a stage's result depends on; PPO's depends on those of `POLICY`."""
 POLICY = (*STAGES["rm"], "reward.", "ppo.", "groups.", "kl.", "eval.")

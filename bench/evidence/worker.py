@@ -27,6 +27,7 @@ CURVES = (
     "group/weight_clamped",
     "value/explained_var",
     "rollout/length",
+    "rollout/generated",
 )
 """Of training, step by step."""
 SAMPLE = ("gold", "score", "kl", "group")
@@ -87,8 +88,21 @@ def carry_out(task: Task) -> None:
             seed = task.seed + 1000 * draw
             trainer("eval", str(task.config), f"run.seed={seed}", "eval.final_samples=1000000")
             outcome["draws"].append(one_draw(task.folder, "eval_only"))
+    if task.kind == "evaluate" and (guessing := _guessing(task.config)):
+        outcome["guessing"] = guessing
     outcome["seconds"] = time.time() - began
     task.outcome.write_text(json.dumps(outcome))
+
+
+def _guessing(config: Path) -> dict[str, float]:
+    """By domain, where a world knows what guessing is worth."""
+    from trainer.config import load
+    from trainer.worlds import reasoning
+
+    settings = load(str(config))
+    if settings.data.prompts != "reasoning":
+        return {}
+    return reasoning.World(settings.reasoning).guessing()
 
 
 def _end_with_parent() -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -145,6 +146,17 @@ class World:
             "eval": per_domain * len(self.config.shares),
             "ood": per_domain * len(self.shifts),
         }[split]
+
+    def guessing(self, most: int = 400) -> dict[str, float]:
+        """By family, how often the answer that is commonest in training is right: what a model
+        scores that reads no problem."""
+        out = {}
+        for name in self.config.shares:
+            seen = Counter(row["response"] for row in self._family(name, "demonstrations", most))
+            (answer, _), *_ = seen.most_common(1)
+            problems = self._family(name, "eval", most)
+            out[name] = sum(self.gold(row, answer) for row in problems) / len(problems)
+        return out
 
     def _family(self, domain: str, split: str, n: int) -> list[dict[str, Any]]:
         """`n` different problems, or as many as a long search finds."""

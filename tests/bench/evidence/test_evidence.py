@@ -17,7 +17,7 @@ import torch
 
 from bench.evidence import __main__ as command
 from bench.evidence import claims, disturb, measure
-from bench.evidence.matrix import ARMS, SECTIONS, WORLDS
+from bench.evidence.matrix import ARMS, SECTIONS, WORLDS, sections_of
 from bench.evidence.scheduler import PRELOADED, Study, StudyError, alone_in, mean_coefficient
 from bench.evidence.store import Store, changed, settings_of
 from trainer import config as settings
@@ -39,7 +39,7 @@ def test_every_arm_is_a_valid_configuration_that_no_other_arm_has(tmp_path):
         overrides = [*world.sft, *world.rewards, *arm.overrides]
         if arm.coef_from:  # as if each had another mean
             overrides.append(f"kl.coef={0.43 + list(ARMS).index(arm.coef_from) / 1e4}")
-        config = study.load(1, "ppo", overrides)
+        config = study.load(1, "ppo", overrides, arm.world)
         assert not (arm.coef_from and config.kl.adaptive), arm.name
         made_by = json.dumps(settings_of(config, arm.kind, dict(arm.disturb)), sort_keys=True)
         assert made_by not in seen, f"{arm.name} is the same run as {seen[made_by]}"
@@ -66,6 +66,25 @@ def test_arms_of_one_seed_share_world_prompts_and_random_numbers(tmp_path):
     one, two = (study.load(seed, "ppo", ARMS["ppo_0.2"].overrides) for seed in (3, 4))
     assert (one.run.seed, one.toy.seed) == (3, 3) and (two.run.seed, two.toy.seed) == (4, 4)
     assert one.ppo == study.load(3, "ppo", ()).ppo and one.baselines == {}
+
+
+def test_reasoning_stands_on_one_model_for_all_seeds_and_on_no_reward_model(tmp_path):
+    study = Study(Store(tmp_path))
+    for seed in (2, 5):
+        step = study.missing("reasoning/default", seed)
+        assert (step.kind, step.seed, step.config.run.seed) == ("sft", 1, 1)
+    study.models["sft", "reasoning", 1] = tmp_path
+    one, two = (study.missing("reasoning/default", seed).config for seed in (2, 5))
+    assert (one.run.seed, two.run.seed) == (2, 5) and one.reasoning == two.reasoning
+    assert one.model.policy == two.model.policy == str(tmp_path) and one.model.reward == ""
+
+
+def test_each_study_has_sections_of_its_own():
+    toy, other = sections_of("toy"), sections_of("reasoning")
+    assert not set(toy) & set(other) and {*toy, *other} == set(SECTIONS)
+    for name in SECTIONS:
+        worlds = {ARMS[arm].world == "reasoning" for arm in SECTIONS[name].arms}
+        assert worlds == {name in other}
 
 
 def test_the_main_comparison_goes_seed_by_seed_and_before_the_rest():

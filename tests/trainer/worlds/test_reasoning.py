@@ -85,6 +85,16 @@ def test_families_by_shares_in_training_and_evenly_in_evaluations():
     assert domains == {*(f"{n}_harder" for n in WORLD.config.shares), *WORLD.config.held_out}
 
 
+def test_guessing_is_worth_what_the_commonest_answer_gets():
+    config = load("reasoning", ["reasoning.shares={gcd: 0.5, chain_sum: 0.5}"])
+    world = reasoning.World(config.reasoning)
+    guessing = world.guessing(200)
+    problems = world._family("gcd", "eval", 200)
+    ones = sum(row["response"] == "1" for row in problems) / 200
+    assert guessing["gcd"] == ones > 0.3  # most pairs of numbers have no common divisor but 1
+    assert guessing["chain_sum"] < 0.1
+
+
 def test_the_same_in_another_process():
     code = (
         "from trainer.config import load; from trainer.worlds import reasoning;"
