@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ from gikernels.backends import checks
 from gikernels.reference import transform_logits
 
 IGNORE = -100  # the label that Hugging Face models skip
+
+CONFIG = "config"  # of a transform: as the model's configuration states it
 
 # What configs call the factor between the head and the logits.
 FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, ..., Falcon-H1
@@ -56,8 +59,8 @@ def patch_lm_head(
     model: nn.Module,
     *,
     temperature: float = 1.0,
-    logit_scale: float | None = None,
-    softcap: float | None = None,
+    logit_scale: float | str = CONFIG,
+    softcap: float | str | None = CONFIG,
     backend: str = "auto",
 ) -> LmHeadPatch:
     """Calls of `model` with labels return a `LogProbOutput`; calls without are as before.
@@ -73,11 +76,12 @@ def patch_lm_head(
         logprobs = logp.gather(-1, labels[:, 1:, None]).squeeze(-1)
         entropy = -(logp.exp() * logp).sum(-1)
 
-    `logit_scale` and `softcap` are read from the config where they are None. The first call with
-    labels compares the head and what follows it with the model's own, and raises if they differ.
-    `shift_labels` (already shifted) and `num_items_in_batch` (the loss's denominator) are
-    understood as the Hugging Face Trainer passes them. The returned handle is a context manager;
-    `.remove()` undoes the patch.
+    `logit_scale` and `softcap` are read from the config unless they are given; softcap=None means
+    that there is none, whatever the config says. The first call with labels compares the head and
+    what follows it with the model's own, and raises if they differ. `shift_labels` (already
+    shifted) and `num_items_in_batch` (the loss's denominator) are understood as the Hugging Face
+    Trainer passes them. Threads may call the model at once. The returned handle is a context
+    manager; `.remove()` undoes the patch.
     """
     return LmHeadPatch(
         model, temperature=temperature, logit_scale=logit_scale, softcap=softcap, backend=backend
@@ -90,8 +94,8 @@ class LmHeadPatch:
         model: nn.Module,
         *,
         temperature: float = 1.0,
-        logit_scale: float | None = None,
-        softcap: float | None = None,
+        logit_scale: float | str = CONFIG,
+        softcap: float | str | None = CONFIG,
         fp32: bool = False,
         backend: str = "auto",
     ) -> None:
@@ -101,11 +105,9 @@ class LmHeadPatch:
         if config is None or getattr(config, "is_encoder_decoder", False):
             raise ValueError(f"model: got {type(model).__name__}, want a causal language model")
         output_head(model)
-        found_scale, found_softcap = logit_transform(config)
         self.model: Any = model
         self.temperature = checks.number("temperature", temperature, above=0)
-        self.logit_scale = found_scale if logit_scale is None else logit_scale
-        self.softcap = found_softcap if softcap is None else softcap
+        self.logit_scale, self.softcap = logit_transform(config, logit_scale, softcap)
         self.fp32 = fp32
         self.backend = backend
         self.verified = False
@@ -114,12 +116,13 @@ class LmHeadPatch:
     def install(self) -> LmHeadPatch:
         self.installed_over = vars(self.model).get("forward")
         self.model.forward = PatchedForward(self, self.model.forward)
+        self.model._replicate_for_data_parallel = no_replicas
         return self
 
     def remove(self) -> None:
         if not isinstance(vars(self.model).get("forward"), PatchedForward):
             raise RuntimeError("the model's forward is no longer this patch: undo what came later")
-        del self.model.forward
+        del self.model.forward, self.model._replicate_for_data_parallel
         if self.installed_over is not None:
             self.model.forward = self.installed_over
 
@@ -177,14 +180,53 @@ class PatchedForward:
         # `generate` and Trainer look at the names of a model's arguments.
         self.__signature__ = inspect.signature(original)
 
-    def __call__(self, *args: Any, labels=None, shift_labels=None, num_items_in_batch=None, **kw):
-        given = dict(
-            labels=labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch
-        )
-        if labels is None and shift_labels is None:
-            kw.update((k, v) for k, v in given.items() if v is not None)
-            return self.original(*args, **kw)
-        return self.patch.run(self.original, args, kw, **given)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = labels_by_name(self.__signature__, args, kwargs)
+        if kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
+            return self.original(*args, **kwargs)
+        given = {name: kwargs.pop(name, None) for name in ABOUT_LABELS}
+        return self.patch.run(self.original, args, kwargs, **given)
+
+
+ABOUT_LABELS = ("labels", "shift_labels", "num_items_in_batch")
+
+
+def labels_by_name(signature: inspect.Signature, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The arguments of a call, those from the labels on by their names."""
+    names = list(signature.parameters)
+    first = names.index("labels") if "labels" in names else len(args)
+    if len(args) <= first:
+        return args, kwargs
+    twice = set(kwargs) & set(names[first : len(args)])
+    if twice:
+        raise TypeError(f"forward() got multiple values for argument {min(twice)!r}")
+    return args[:first], {**dict(zip(names[first:], args[first:])), **kwargs}
+
+
+def no_replicas(*args: Any) -> Any:
+    """In place of a method by which nn.DataParallel copies a model and all that its attributes
+    point at, the patch among them: the copies would compute with the original's weights."""
+    raise RuntimeError(
+        "model: patched by patch_lm_head, which nn.DataParallel cannot replicate; want "
+        "DistributedDataParallel or fully_shard"
+    )
+
+
+heads_lock = threading.Lock()
+
+
+class HeadForward:
+    """Stands in for the head's forward while any thread is inside the model: in each thread it is
+    that thread's call, and in the others what it was."""
+
+    def __init__(self, original: Any, installed_over: Any) -> None:
+        self.original, self.installed_over = original, installed_over
+        self.users = 0
+        self.local = threading.local()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = getattr(self.local, "call", None)
+        return self.original(*args, **kwargs) if call is None else call.forward(*args, **kwargs)
 
 
 class HeadCall:
@@ -195,19 +237,29 @@ class HeadCall:
 
     def __init__(self, patch: LmHeadPatch, head: Any, targets: Tensor) -> None:
         self.patch, self.head, self.targets = patch, head, targets
-        self.own_forward = head.forward
+        self.own_forward: Any = None
         self.stats: Tensor | None = None  # (B, L, 2): log-probability and entropy
 
     @contextlib.contextmanager
     def in_force(self):
-        installed_over = vars(self.head).get("forward")
-        self.head.forward = self.forward
+        with heads_lock:
+            stand_in = vars(self.head).get("forward")
+            if not isinstance(stand_in, HeadForward):
+                stand_in = HeadForward(self.head.forward, stand_in)
+                self.head.forward = stand_in
+            stand_in.users += 1
+        self.own_forward = stand_in.original
+        before, stand_in.local.call = getattr(stand_in.local, "call", None), self
         try:
             yield
         finally:
-            del self.head.forward
-            if installed_over is not None:
-                self.head.forward = installed_over
+            stand_in.local.call = before
+            with heads_lock:
+                stand_in.users -= 1
+                if not stand_in.users:
+                    del self.head.forward
+                    if stand_in.installed_over is not None:
+                        self.head.forward = stand_in.installed_over
 
     def forward(self, hidden: Tensor) -> Tensor:  # (B, L, D)
         if self.stats is not None:
@@ -222,10 +274,11 @@ class HeadCall:
         patch = self.patch
         targets = self.targets.to(hidden.device)
         kept = targets != IGNORE
+        hidden_kept = hidden[kept]
         if not patch.verified:
-            self.check_head(hidden[kept])
+            self.check_head(hidden_kept)
         with self.precision(hidden.device):
-            rows, weight, bias = self.linear_form(hidden[kept])
+            rows, weight, bias = self.linear_form(hidden_kept)
             stats = gikernels.linear_logprobs(
                 rows,
                 weight,
@@ -239,9 +292,10 @@ class HeadCall:
         flat = torch.stack([stats.logprobs, stats.entropy], -1)
         # Scattered even where nothing is kept: with FSDP every rank needs a backward.
         packed = flat.new_zeros(*kept.shape, 2).masked_scatter(kept.unsqueeze(-1), flat)
-        if not patch.verified:
-            probes = packed.new_tensor(self.PROBES)
-            packed = torch.cat([packed, probes.expand(*kept.shape, -1)], -1)
+        # In every call, looked at or not: torch.utils.checkpoint runs the first one twice, and the
+        # second has to save for the backward what the first did.
+        probes = packed.new_tensor(self.PROBES)
+        packed = torch.cat([packed, probes.expand(*kept.shape, -1)], -1)
         # Gradients have to pass through the very tensor that we return: FSDP hooks on to it to
         # gather the weight again before the backward.
         self.stats = packed[..., :2]
@@ -279,6 +333,7 @@ class HeadCall:
                 f"hidden @ weight.T + bias"
             )
 
+    @torch.no_grad()
     def check_logits(self, out: Any) -> None:
         """That what the model did to our probes is the transform that we applied."""
         patch, name = self.patch, type(self.patch.model).__name__
@@ -317,19 +372,36 @@ def output_head(model: nn.Module) -> Any:
     return head
 
 
-def logit_transform(config: Any) -> tuple[float, float | None]:
-    """(logit_scale, softcap) as the config of this architecture states them."""
+def logit_transform(
+    config: Any, logit_scale: float | str = CONFIG, softcap: float | str | None = CONFIG
+) -> tuple[float, float | None]:
+    """(logit_scale, softcap) as given, or as the config of this architecture states them."""
     config = config.get_text_config()
 
     def first(names: tuple[str, ...]) -> float | None:
-        values = (getattr(config, name, None) for name in names)
-        return next((float(v) for v in values if v is not None), None)
+        found = ((name, getattr(config, name, None)) for name in names)
+        return next((stated(config, name, v) for name, v in found if v is not None), None)
 
-    scale = first(FACTORS)
-    divisor = first(("logits_scaling",))  # Granite divides; the check finds who multiplies
-    if scale is None:
-        scale = 1.0 if divisor is None else 1 / divisor
-    return scale, first(SOFTCAPS)
+    if logit_scale == CONFIG:
+        scale = first(FACTORS)
+        divisor = first(("logits_scaling",))  # Granite divides; the check finds who multiplies
+        if scale is None:
+            scale = 1.0 if divisor is None else 1 / divisor
+    else:
+        scale = checks.number("logit_scale", logit_scale)
+    cap = first(SOFTCAPS) if softcap == CONFIG else softcap
+    return scale, None if cap is None else checks.number("softcap", cap, above=0)
+
+
+def stated(config: Any, name: str, value: Any) -> float:
+    """A number of the config's; MPT has one word for one."""
+    if value == "inv_sqrt_d_model":
+        return config.hidden_size**-0.5
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        want = "a number; pass logit_scale and softcap for what the model does"
+        raise checks.wrong(f"model.config.{name}", value, want) from None
 
 
 def linear_form(head: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -341,6 +413,11 @@ def linear_form(head: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]
     base = getattr(head, "base_layer", None)
     if base is None:
         return rows, head.weight, getattr(head, "bias", None)
+    if not hasattr(head, "lora_A"):
+        raise ValueError(
+            f"model: its output head carries a {type(head).__name__}, want plain LoRA there, or "
+            f"the adapter on other layers only"
+        )
     if head.disable_adapters and head.merged:
         head.unmerge()  # as its own forward does
     adapters = [a for a in head.active_adapters if a in head.lora_A]

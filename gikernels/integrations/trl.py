@@ -13,6 +13,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,9 +23,14 @@ from torch import Tensor, nn
 from trl import GRPOTrainer, RLOOTrainer
 
 import gikernels
-from gikernels.integrations.huggingface import LmHeadPatch
+from gikernels.backends import checks
+from gikernels.integrations.huggingface import ABOUT_LABELS, CONFIG, LmHeadPatch, labels_by_name
 from gikernels.integrations.invariance import GroupInvariance, InferredGroups
 from gikernels.integrations.replace import replaced
+from gikernels.reference import stat_dtype
+
+# TRL's own, also where this module is imported inside a block.
+trl_add_fused_lm_head = trl_utils.add_fused_lm_head
 
 # --- TRL's functions, with their own signatures -------------------------------------------------
 
@@ -35,7 +42,9 @@ def selective_log_softmax(
     row_mask: Tensor | None = None,  # (...)
 ) -> Tensor:
     if index.dim() == logits.dim():  # K tokens a position: TRL uses it for top-K only
-        logp = (logits.float() / temperature).log_softmax(-1).gather(-1, index)
+        checks.number("temperature", temperature, above=0)
+        z = logits.to(stat_dtype(logits)) / temperature
+        logp = z.log_softmax(-1).gather(-1, index)
         return logp if row_mask is None else logp.masked_fill(row_mask == 0, 0)
     return selective_log_softmax_and_entropy(logits, index, True, temperature, row_mask)[0]
 
@@ -57,20 +66,44 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     return gikernels.logprobs(logits, logits.new_zeros(logits.shape[:-1], dtype=torch.long)).entropy
 
 
+@dataclass
+class Block:
+    """What `patched` was told, and whether the last trainer built in the block keeps TRL's head."""
+
+    logit_scale: float | str = CONFIG
+    softcap: float | str | None = CONFIG
+    keeps_trl: bool = False
+
+
+current_block: ContextVar[Block] = ContextVar("current_block")
+
+
 def add_fused_lm_head(
     model: nn.Module,
     temperature: float = 1.0,
     cast_lm_head_to_fp32: bool = False,
     outputs: tuple[str, ...] = ("log_probs",),
 ) -> None:
-    """`model(..., labels=labels, fused_lm_head=True)` scores labels through `linear_logprobs`."""
-    missing = set(outputs) - {"log_probs", "entropy"}
-    if missing:
-        raise NotImplementedError(
-            f"outputs: {sorted(missing)} are not statistics that gikernels computes; build this "
-            f"trainer outside gikernels.integrations.trl.patched()"
-        )
-    patch = LmHeadPatch(model, temperature=temperature, fp32=cast_lm_head_to_fp32)
+    """`model(..., labels=labels, fused_lm_head=True)` scores labels through `linear_logprobs`.
+
+    DPO, KTO and SFT ask for the mean of the logits or whether a label is the likeliest token, which
+    are no statistics of ours: their trainers keep TRL's own head. So do their reference models,
+    which ask for log-probabilities alone, after the policy: two heads round differently, and the
+    first ratio of policy to reference would not be 1.
+    """
+    block = current_block.get(None) or Block()
+    if tuple(outputs) != ("log_probs",):
+        block.keeps_trl = bool(set(outputs) - {"log_probs", "entropy"})
+    if block.keeps_trl:
+        trl_add_fused_lm_head(model, temperature, cast_lm_head_to_fp32, outputs)
+        return
+    patch = LmHeadPatch(
+        model,
+        temperature=temperature,
+        logit_scale=block.logit_scale,
+        softcap=block.softcap,
+        fp32=cast_lm_head_to_fp32,
+    )
     model.forward = FusedForward(patch, model.forward)
 
 
@@ -84,8 +117,8 @@ class FusedForward:
     def __call__(self, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return self.original(*args, **kwargs)
-        names = ("labels", "shift_labels", "num_items_in_batch")
-        labels, shift_labels, num_items = (kwargs.pop(name, None) for name in names)
+        args, kwargs = labels_by_name(self.__signature__, args, kwargs)
+        labels, shift_labels, num_items = (kwargs.pop(name, None) for name in ABOUT_LABELS)
         kwargs["use_cache"] = False
         out: Any = self.patch.run(self.original, args, kwargs, labels, shift_labels, num_items)
         logprobs, entropy = out.logprobs, out.entropy
@@ -101,11 +134,15 @@ class FusedForward:
 
 
 @contextmanager
-def patched() -> Iterator[None]:
+def patched(
+    *, logit_scale: float | str = CONFIG, softcap: float | str | None = CONFIG
+) -> Iterator[None]:
     """In force inside the block, for trainers built there and for TRL's functions called there.
 
     A trainer keeps the head that it was built with. Everything else is undone on the way out,
-    exceptions included; blocks nest.
+    exceptions included; blocks nest, and what an inner one is not told it takes from the outer.
+    `logit_scale` and `softcap` as in `patch_lm_head`, for a model whose config does not say what
+    follows its head.
     """
     ours = (
         selective_log_softmax,
@@ -113,8 +150,17 @@ def patched() -> Iterator[None]:
         entropy_from_logits,
         add_fused_lm_head,
     )
-    with replaced("trl", [(getattr(trl_utils, f.__name__), f) for f in ours]):
-        yield
+    outer = current_block.get(None) or Block()
+    block = Block(
+        outer.logit_scale if logit_scale == CONFIG else logit_scale,
+        outer.softcap if softcap == CONFIG else softcap,
+    )
+    token = current_block.set(block)
+    try:
+        with replaced("trl", [(getattr(trl_utils, f.__name__), f) for f in ours]):
+            yield
+    finally:
+        current_block.reset(token)
 
 
 # --- group-invariant trainers -------------------------------------------------------------------

@@ -4,6 +4,7 @@ import copy
 import inspect
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -125,6 +126,120 @@ def test_a_wrong_scale_or_softcap_raises_with_what_was_seen():
     with patch_lm_head(model, logit_scale=4.0):
         got = model(input_ids=ids, labels=labels).logprobs[:, 1:]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_softcap_of_none_is_none_whatever_the_config_says():
+    """Gemma3ForConditionalGeneration ignores the softcap that its text config may carry."""
+    model = tiny("Llama")
+    model.config.final_logit_softcapping = 3.0
+    ids, labels = batch()
+    with patch_lm_head(model), pytest.raises(ValueError, match="softcap=3"):
+        model(input_ids=ids, labels=labels)
+    want, _ = plain(model, ids, labels)
+    with patch_lm_head(model, softcap=None):
+        got = model(input_ids=ids, labels=labels).logprobs[:, 1:]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_factor_that_is_a_word():
+    """MPT's config has "inv_sqrt_d_model" for one; nothing of the kind stops an explicit one."""
+    model = tiny("Llama")
+    ids, labels = batch()
+    model.config.logit_scale = "inv_sqrt_d_model"
+    with patch_lm_head(model) as patch:
+        assert patch.logit_scale == model.config.hidden_size**-0.5
+    model.config.logit_scale = "by heart"
+    with pytest.raises(ValueError, match="logit_scale: got str 'by heart'"):
+        patch_lm_head(model)
+    with patch_lm_head(model, logit_scale=1.0):
+        model(input_ids=ids, labels=labels)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_first_call_may_be_checkpointed(reentrant):
+    """It also verifies the head, and the second forward that checkpoint runs does not."""
+    from torch.utils.checkpoint import checkpoint
+
+    model = tiny("Gemma2")  # a softcap after the head: what it saves has the shape of the logits
+    ids, labels = batch()
+    plain_logprobs, _ = plain(model, ids, labels)
+    plain_logprobs.sum().backward()
+    want = gradients(model)
+    model.zero_grad()
+    start = torch.zeros((), requires_grad=True)
+
+    def run(start):
+        return model(input_ids=ids, labels=labels).logprobs.sum() + start
+
+    with patch_lm_head(model):
+        checkpoint(run, start, use_reentrant=reentrant).backward()
+    assert_same(gradients(model), want)
+
+
+def test_threads_share_a_patched_model():
+    model = qwen()
+    batches = [torch.randint(2, 28, (2, n)) for n in range(4, 12)]
+    with patch_lm_head(model):
+        want = [model(input_ids=ids, labels=ids).logprobs for ids in batches]
+        with ThreadPoolExecutor(4) as pool:
+
+            def call(i):
+                ids = batches[i % 8]
+                if i % 3 == 0:  # without labels: logits, whatever others do meanwhile
+                    return model(input_ids=ids).logits.shape[-1]
+                return model(input_ids=ids, labels=ids).logprobs
+
+            found = list(pool.map(call, range(64)))
+    for i, got in enumerate(found):
+        if i % 3 == 0:
+            assert got == 28
+        else:
+            torch.testing.assert_close(got, want[i % 8])
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_data_parallel_is_refused():
+    """nn.DataParallel calls this method of each module to copy it for another device."""
+    model = qwen()
+    with patch_lm_head(model), pytest.raises(RuntimeError, match="DataParallel cannot replicate"):
+        model._replicate_for_data_parallel()
+    model._replicate_for_data_parallel()
+
+
+def test_labels_by_position():
+    model = qwen()
+    ids = torch.randint(2, 28, (2, 6))
+    at = list(inspect.signature(model.forward).parameters).index("labels")
+    with patch_lm_head(model):
+        want = model(input_ids=ids, labels=ids)
+        got = model(ids, *(None,) * (at - 1), ids)
+        torch.testing.assert_close(got.logprobs, want.logprobs)
+        assert got.logits is None
+        with pytest.raises(TypeError, match="labels"):
+            model(ids, *(None,) * (at - 1), ids, labels=ids)
+
+
+class LoHaLinear(nn.Module):
+    """As PEFT's LoHa, LoKr, IA3, OFT and VeRA look from outside: a base layer, and no lora_A."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, x):
+        return 2 * self.base_layer(x)
+
+
+def test_adapters_on_the_head_that_are_no_lora_are_refused():
+    model = qwen()
+    model.lm_head = LoHaLinear(model.lm_head)
+    ids = torch.randint(2, 28, (2, 6))
+    with patch_lm_head(model), pytest.raises(ValueError, match="a LoHaLinear, want plain LoRA"):
+        model(input_ids=ids, labels=ids)
 
 
 class Odd(nn.Linear):

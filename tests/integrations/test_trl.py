@@ -10,14 +10,17 @@ import torch
 if find_spec("trl") is None:
     pytest.skip("trl is not installed", allow_module_level=True)
 
+import trl
 import trl.trainer.utils as trl_utils
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer, RLOOTrainer
 
 import gikernels.integrations.trl as ours
 from gikernels.integrations import GroupInvariance
 from gikernels.integrations.huggingface import LmHeadPatch
 from gikernels.integrations.trl import GroupInvariantGRPOTrainer, GroupInvariantRLOOTrainer
-from tests.integrations.tiny import qwen, trl_trainer
+from tests.integrations.tiny import qwen, tokenizer, trl_trainer
 
 PAIRS = [(GRPOTrainer, GroupInvariantGRPOTrainer), (RLOOTrainer, GroupInvariantRLOOTrainer)]
 SAME = dict(invariance=GroupInvariance(beta=0.0, kl_floor=1.0))
@@ -275,8 +278,74 @@ def test_the_head_agrees_with_trls_where_it_is_hard():
         outs.append((out.log_probs, out.entropy, out.loss, out.label_mask, shifted.log_probs))
     for a, b in zip(*outs):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
-    with pytest.raises(NotImplementedError, match="is_top1"):
-        ours.add_fused_lm_head(qwen(), outputs=("log_probs", "is_top1"))
+
+
+def test_selective_log_softmax_of_several_tokens_keeps_float64_and_refuses_temperature_0():
+    logits = torch.randn(2, 3, 9, dtype=torch.float64)
+    index = torch.randint(9, (2, 3, 4))
+    want = trl_utils.selective_log_softmax(logits, index, 0.7)
+    got = ours.selective_log_softmax(logits, index, 0.7)
+    assert got.dtype == want.dtype == torch.float64
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="temperature"):
+        ours.selective_log_softmax(logits, index, 0.0)
+
+
+def test_trainers_that_ask_for_more_keep_trls_head_and_so_do_their_references():
+    """DPO and KTO: policy first, then the reference, which asks for log-probabilities alone."""
+    ids = torch.randint(2, 28, (2, 6))
+    wanted = ("log_probs", "entropy", "mean_logits", "is_top1")
+    with ours.patched():
+        policy, reference, next_policy = qwen(), qwen(), qwen()
+        trl_utils.add_fused_lm_head(policy, outputs=wanted)
+        trl_utils.add_fused_lm_head(reference)
+        trl_utils.add_fused_lm_head(next_policy, outputs=("log_probs", "entropy"))
+    out = policy(input_ids=ids, labels=ids, fused_lm_head=True)
+    assert out.mean_logits is not None and out.is_top1 is not None
+    assert not isinstance(reference.forward, ours.FusedForward)
+    assert isinstance(next_policy.forward, ours.FusedForward)
+    same = reference(input_ids=ids, labels=ids, fused_lm_head=True)
+    assert torch.equal(same.log_probs, out.log_probs)  # the first ratio is 1, to the last bit
+
+
+@pytest.mark.parametrize("trainer", ["DPOTrainer", "KTOTrainer"])
+def test_preference_trainers_built_in_patched_train(trainer, tmp_path):
+    torch.manual_seed(0)
+    rows = [{"prompt": "a b", "chosen": " c d", "rejected": " d"}] * 4
+    if trainer == "KTOTrainer":
+        rows = [{"prompt": "a b", "completion": " c d", "label": bool(i % 2)} for i in range(4)]
+    qwen().save_pretrained(tmp_path / "model")
+    config = getattr(trl, trainer.replace("Trainer", "Config"))(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        bf16=False,
+        disable_tqdm=True,
+    )
+    with ours.patched():
+        built = getattr(trl, trainer)(
+            model=AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="float32"),
+            args=config,
+            processing_class=tokenizer(),
+            train_dataset=Dataset.from_list(rows),
+        )
+    assert torch.isfinite(torch.tensor(built.train().training_loss))
+
+
+def test_patched_passes_the_transform_on():
+    ids = torch.randint(2, 28, (2, 6))
+    with ours.patched(logit_scale=2.0, softcap=5.0):
+        with ours.patched(softcap=None):  # as the trainers of this module do: the rest stays
+            inner = qwen()
+            trl_utils.add_fused_lm_head(inner)
+        assert (inner.forward.patch.logit_scale, inner.forward.patch.softcap) == (2.0, None)
+        model = qwen()
+        trl_utils.add_fused_lm_head(model)
+    with pytest.raises(ValueError, match="logit_scale=2 and softcap=5"):
+        model(input_ids=ids, labels=ids, fused_lm_head=True)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
