@@ -89,9 +89,11 @@ def test_guessing_is_worth_what_the_commonest_answer_gets():
     config = load("reasoning", ["reasoning.shares={gcd: 0.5, chain_sum: 0.5}"])
     world = reasoning.World(config.reasoning)
     guessing = world.guessing(200)
+    answers = [row["response"] for row in world._family("gcd", "demonstrations", 200)]
+    commonest = max(sorted(set(answers)), key=answers.count)
     problems = world._family("gcd", "eval", 200)
-    ones = sum(row["response"] == "1" for row in problems) / 200
-    assert guessing["gcd"] == ones > 0.3  # most pairs of numbers have no common divisor but 1
+    right = sum(row["response"] == commonest for row in problems) / len(problems)
+    assert guessing["gcd"] == right > 0.1
     assert guessing["chain_sum"] < 0.1
 
 
