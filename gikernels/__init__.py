@@ -28,6 +28,7 @@ from gikernels.reference import (
     LossOut,
     Partition,
     SoftGroups,
+    Support,
     TokenStats,
 )
 from gikernels.sequence.experience import (
@@ -60,6 +61,7 @@ __all__ = [
     "LossOut",
     "Partition",
     "SoftGroups",
+    "Support",
     "TokenStats",
     "backend",
     "backends",

@@ -31,6 +31,16 @@ class TokenStats(NamedTuple):
     kl: Tensor | None
 
 
+class Support(NamedTuple):
+    """Row i could only be sampled from ids[offsets[i] : offsets[i + 1]]: top-p, top-k, a grammar.
+
+    A row without ids could be sampled from the whole vocabulary.
+    """
+
+    offsets: Tensor  # (N + 1) int64, rises from 0 to nnz
+    ids: Tensor  # (nnz) integers in [0, V), different within a row
+
+
 class LossOut(NamedTuple):
     """A scalar loss, and detached 0-d metrics that add over micro-batches and ranks."""
 
@@ -110,6 +120,15 @@ def transform_logits(
     return z / temperature
 
 
+def kept_tokens(support: Support, vocab: int) -> Tensor:
+    """(N, V) bool: what each row could be sampled from."""
+    lengths = support.offsets.diff()
+    keep = (lengths == 0).unsqueeze(1).repeat(1, vocab)
+    rows = torch.arange(len(lengths), device=keep.device).repeat_interleave(lengths)
+    keep[rows, support.ids.long()] = True
+    return keep
+
+
 def stats_of_logits(z: Tensor, targets: Tensor, ref_z: Tensor | None) -> TokenStats:
     """Log-probability of the target, entropy, and exact KL(pi || ref), of final logits (..., V).
 
@@ -134,7 +153,9 @@ def logprobs(
     logit_scale: float = 1.0,
     ref_logits: Tensor | None = None,  # (..., V), no gradient
     ignore_index: int = -100,
+    support: Support | None = None,  # of the rows in order
 ) -> TokenStats:
+    """With a support, of the distribution renormalised over each row's kept tokens."""
     dtype = stat_dtype(logits)
     kept = targets != ignore_index
     targets = masked(targets, kept)
@@ -143,10 +164,15 @@ def logprobs(
 
     def final(z: Tensor) -> Tensor:
         z = masked(z, kept.unsqueeze(-1)).to(dtype)
-        return transform_logits(z, temperature, softcap=softcap, logit_scale=logit_scale)
+        z = transform_logits(z, temperature, softcap=softcap, logit_scale=logit_scale)
+        return z if keep is None else z.masked_fill(~keep, -torch.inf)
 
+    keep = None if support is None else kept_tokens(support, logits.shape[-1]).view(logits.shape)
     ref_z = None if ref_logits is None else final(ref_logits.detach())
     stats = stats_of_logits(final(logits), targets, ref_z)
+    if keep is not None:  # a target that was not kept: -inf, and no gradient
+        outside = ~keep.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        stats = stats._replace(logprobs=stats.logprobs.masked_fill(outside, -torch.inf))
     kl = None if stats.kl is None else masked(stats.kl, kept)
     return TokenStats(masked(stats.logprobs, kept), masked(stats.entropy, kept), kl)
 
@@ -162,6 +188,7 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     ref: tuple[Tensor, Tensor] | None = None,  # (..., D'), (V, D'), no gradient, no bias
     ignore_index: int = -100,
+    support: Support | None = None,  # of the rows in order
 ) -> TokenStats:
     dtype = stat_dtype(hidden, weight)
     kept = targets != ignore_index
@@ -182,6 +209,7 @@ def linear_logprobs(
         logit_scale=logit_scale,
         ref_logits=ref_z,
         ignore_index=ignore_index,
+        support=support,
     )
 
 
@@ -544,6 +572,7 @@ def linear_policy_loss(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    support: Support | None = None,
 ) -> LossOut:
     """sum(policy + kl_coef * kl - entropy_coef * entropy) / denom over the mask."""
     stats = linear_logprobs(
@@ -554,7 +583,46 @@ def linear_policy_loss(
         bias=bias,
         softcap=softcap,
         logit_scale=logit_scale,
+        support=support,
     )
+    return policy_loss_of(
+        stats,
+        old_logprobs,
+        advantages,
+        mask=mask,
+        denom=denom,
+        loss=loss,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        cap_low=cap_low,
+        cap_high=cap_high,
+        ref_logprobs=ref_logprobs,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef,
+    )
+
+
+def policy_loss_of(
+    stats: TokenStats,
+    old_logprobs: Tensor,  # (N)
+    advantages: Tensor,  # (N)
+    *,
+    mask: Tensor,  # (N) bool
+    denom: float | Tensor,
+    loss: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    cap_low: float,
+    cap_high: float,
+    ref_logprobs: Tensor | None,  # (N)
+    kl_coef: float | Tensor,
+    kl_estimator: str,
+    entropy_coef: float,
+) -> LossOut:
+    """The same from the statistics of the tokens."""
     of_tokens = (stats.logprobs, old_logprobs, advantages, mask)
     if loss == "cispo":
         policy, metrics = cispo_loss(*of_tokens, denom=denom, cap_low=cap_low, cap_high=cap_high)

@@ -57,6 +57,16 @@ def _head(n: int) -> dict[str, Any]:
     }
 
 
+def _with_support(given: dict[str, Any]) -> dict[str, Any]:
+    """Every third row kept a few tokens, the target among them, every third nearly all."""
+    n, shift = len(given["targets"]), given["targets"].clamp(min=0)
+    lengths = torch.tensor([(0, 7, V - 3)[i % 3] for i in range(n)])
+    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    place = torch.arange(int(ends[-1])) - ends[:-1].repeat_interleave(lengths)
+    ids = (shift.repeat_interleave(lengths) + place) % V
+    return {**given, "support": reference.Support(ends, ids)}
+
+
 def _logits(n: int) -> dict[str, Any]:
     given = _head(n)
     kept = {key: given[key] for key in ("targets", "temperature", "softcap")}
@@ -141,6 +151,12 @@ CASES = (
          gikernels.logprobs, reference.logprobs),
     Case("linear_policy_loss", _TRITON, FLOATS, _policy, _HEAD,
          gikernels.linear_policy_loss, reference.linear_policy_loss),
+    Case("linear_logprobs_support", _TRITON, FLOATS, lambda n: _with_support(_head(n)), _HEAD,
+         gikernels.linear_logprobs, reference.linear_logprobs),
+    Case("logprobs_support", _TRITON, FLOATS, lambda n: _with_support(_logits(n)), ("logits",),
+         gikernels.logprobs, reference.logprobs),
+    Case("policy_loss_support", _TRITON, FLOATS, lambda n: _with_support(_policy(n)), _HEAD,
+         gikernels.linear_policy_loss, reference.linear_policy_loss),
     Case("linear_experience", _TRITON, FLOATS, _packed, (),
          gikernels.linear_experience, reference.linear_experience),
     Case("experience", ("triton", "cpp", "reference"), FLOATS[:1], _by_group, (),
@@ -167,6 +183,8 @@ class Result(NamedTuple):
 
 
 def _moved(x: Any, device: str, dtype: torch.dtype | None = None) -> Any:
+    if isinstance(x, reference.Support):
+        return reference.Support._make(_moved(y, device) for y in x)
     if isinstance(x, tuple):
         return tuple(_moved(y, device, dtype) for y in x)
     if not isinstance(x, Tensor):
@@ -264,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for name, status in gikernels.backends().items():
         print(f"{name:10} {'yes' if status else 'no '}  {status.reason.splitlines()[0]}")
-    line = "{:21} {:9} {:8} {:>4}  {:>8} {:>8} {:>8}  {}"
+    line = "{:23} {:9} {:8} {:>4}  {:>8} {:>8} {:>8}  {}"
     print("\n" + line.format("op", "backend", "dtype", "rows", "forward", "backward", "s", ""))
     off = 0
     for r in results(device):

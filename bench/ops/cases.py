@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.ops import peers
+from bench.ops import peers, peers_support
 from bench.ops.peers import Contender, Inputs, Outputs
 from gikernels import reference
 
@@ -161,6 +161,45 @@ def linear_logprobs(size: str) -> Iterator[Case]:
             head_work(shape, {FORWARD: (1, 0, 0), BOTH: (2, 1, 1)}),
             {**shape, "N": min(shape["N"], 128)},
             lambda i, logprobs, entropy: {"logprobs": logprobs, "entropy": entropy},
+        )
+
+
+def linear_logprobs_support(size: str) -> Iterator[Case]:
+    """Rows that kept K tokens, as top-p does; a loop of the operation without them beside it."""
+
+    def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+        i, n, k, v = head_inputs(shape, dtype, device), shape["N"], shape["K"], shape["V"]
+        # K of V in steps of the same length from a place of the row's own: all different.
+        ids = i["targets"].unsqueeze(1) + torch.arange(k, device=device) * (v // k)
+        offsets = torch.arange(n + 1, device=device) * k
+        return {**i, "offsets": offsets, "ids": (ids % v).view(-1)}
+
+    def specification(i: Inputs) -> Outputs:
+        kept = reference.Support(i["offsets"], i["ids"])
+        stats = reference.linear_logprobs(i["hidden"], i["weight"], i["targets"], support=kept)
+        return {"logprobs": stats.logprobs, "entropy": stats.entropy}
+
+    def whole(i: Inputs) -> Callable[[], Any]:
+        def run() -> None:
+            stats = peers.gikernels_linear_logprobs(i)
+            leaves = [i["hidden"], i["weight"]]
+            torch.autograd.grad(stats["logprobs"].sum() + stats["entropy"].sum(), leaves)
+
+        return run
+
+    for shape in HEADS[size][:1]:
+        shape = {**shape, "K": 64 if size != "quick" else 16}
+        amount = 8.0 * shape["N"] * shape["K"] * shape["D"]
+        yield Case(
+            "linear_logprobs_support",
+            shape,
+            dtype_of(size),
+            inputs,
+            specification,
+            ("hidden", "weight"),
+            peers_support.LINEAR_LOGPROBS_SUPPORT,
+            {BOTH: Work(amount, "FLOP", "8 N K D", "the whole vocabulary (gikernels)", whole)},
+            {**shape, "N": min(shape["N"], 128)},
         )
 
 
@@ -377,6 +416,7 @@ def partition(size: str) -> Iterator[Case]:
 
 OPS: dict[str, Callable[[str], Iterator[Case]]] = {
     "linear_logprobs": linear_logprobs,
+    "linear_logprobs_support": linear_logprobs_support,
     "logprobs": logprobs,
     "linear_policy_loss": linear_policy_loss,
     "experience": experience,
@@ -388,6 +428,7 @@ OPS: dict[str, Callable[[str], Iterator[Case]]] = {
 # The tests that have to be green before a speed is reported.
 TESTS = {
     "linear_logprobs": "tests/gikernels/vocabulary/test_linear_logprobs.py",
+    "linear_logprobs_support": "tests/gikernels/vocabulary/test_support.py",
     "logprobs": "tests/gikernels/vocabulary/test_logprobs.py",
     "linear_policy_loss": "tests/gikernels/vocabulary/test_policy_loss.py",
     "experience": "tests/gikernels/sequence/test_experience.py",

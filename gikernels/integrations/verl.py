@@ -145,13 +145,16 @@ def linear_cross_entropy(
     reduction: str = "none",
     dist_process_group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """verl's function of this name through `linear_logprobs`: (log-probs, entropy), each (N)."""
+    """verl's function of this name through `linear_logprobs`: (log-probs, entropy), each (N). With
+    a group weight is this rank's part of the vocabulary, and dhidden is summed, as by verl's."""
     if reduction != "none":
         raise ValueError(f"reduction: got {reduction!r}, want 'none', the one that verl asks for")
-    if dist_process_group is not None and torch.distributed.get_world_size(dist_process_group) > 1:
-        raise NotImplementedError("dist_process_group: the vocabulary is split, want one rank")
     stats = gikernels.linear_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        labels.reshape(-1),
+        temperature,
+        vocab_group=dist_process_group,
     )
     return stats.logprobs, stats.entropy
 

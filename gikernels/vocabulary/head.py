@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gikernels.backends import checks, dispatch
+from gikernels.reference import stat_dtype
 
 # --- arguments ----------------------------------------------------------------------------------
 
@@ -45,9 +46,10 @@ def full_precision(op: Callable) -> Callable:
 
 
 def head_arguments(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, part: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Checks (..., D), (V, D), (...) and (V), and casts the floats as autocast would."""
+    """Checks (..., D), (V, D), (...) and (V), and casts the floats as autocast would. A part of a
+    vocabulary may be empty."""
     checks.floats("hidden", hidden)
     checks.not_sharded("weight", checks.floats("weight", weight))
     if hidden.dim() == 0:
@@ -56,7 +58,7 @@ def head_arguments(
     checks.shape(
         "weight", weight, (weight.shape[0], hidden.shape[-1]), "(V, D) with the D of hidden"
     )
-    if weight.shape[0] == 0:
+    if weight.shape[0] == 0 and not part:
         raise checks.wrong("weight", weight, "a vocabulary of at least one token")
     checks.shape("targets", checks.ints("targets", targets), hidden.shape[:-1], "one for each row")
     checks.same_device(hidden=hidden, weight=weight, targets=targets, bias=bias)
@@ -72,6 +74,27 @@ def head_arguments(
     return hidden, weight, bias
 
 
+def reference_arguments(
+    ref: tuple[Tensor, Tensor] | None, hidden: Tensor, weight: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    if ref is None:
+        return None, None
+    if not isinstance(ref, (tuple, list)) or len(ref) != 2:
+        raise checks.wrong("ref", ref, "a pair (ref_hidden, ref_weight) or None")
+    x, w = (checks.floats(f"ref[{i}]", t).detach() for i, t in enumerate(ref))
+    checks.not_sharded("ref[1]", w)
+    checks.dims("ref[1]", w, 2, "(V, D')")
+    checks.shape(
+        "ref[0]", x, (*hidden.shape[:-1], w.shape[1]), "hidden's leading dimensions and D'"
+    )
+    checks.shape("ref[1]", w, (weight.shape[0], w.shape[1]), "the vocabulary of weight and D'")
+    checks.same_device(hidden=hidden, **{"ref[0]": x, "ref[1]": w})
+    x, w = autocast(x), autocast(w)
+    if x.dtype != w.dtype:
+        raise checks.wrong("ref[1]", w, f"the dtype of ref[0], {x.dtype}")
+    return x, w
+
+
 def temperature_arguments(
     temperature: float | Tensor, targets: Tensor
 ) -> tuple[float, Tensor | None]:
@@ -83,6 +106,16 @@ def temperature_arguments(
         checks.shape("temperature", temperature, targets.shape, "that of targets, or a number")
     checks.same_device(targets=targets, temperature=temperature)
     return 1.0, temperature.detach().expand(targets.shape)
+
+
+def row_temperature(
+    hidden: Tensor, weight: Tensor, temperature: float, temperatures: Tensor | None
+) -> Tensor:
+    """(N) in the precision of the statistics; a single number takes no memory."""
+    dtype = stat_dtype(hidden, weight)
+    if temperatures is not None:
+        return temperatures.to(dtype)
+    return hidden.new_full((), temperature, dtype=dtype).expand(len(hidden))
 
 
 def transform_arguments(softcap: float | None, logit_scale: float) -> tuple[float | None, float]:
@@ -209,10 +242,14 @@ class Head(NamedTuple):
 
     def logits(self, x: Tensor, temperature: Tensor, out: Tensor) -> Tensor:
         """Final logits (n, V) in `out`, of x (n, D) and temperature (n)."""
+        z = torch.mm(x * self.inner(temperature), self.weight.T, out=out)
+        return self.finish_(z, temperature, self.bias)
+
+    def finish_(self, z: Tensor, temperature: Tensor, bias: Tensor | None) -> Tensor:
+        """Final logits in place, of products with x * inner; bias (c) or (n, c)."""
         inner, outer = self.inner(temperature), self.outer(temperature)
-        z = torch.mm(x * inner, self.weight.T, out=out)
-        if self.bias is not None:
-            z.addcmul_(inner, self.bias)
+        if bias is not None:
+            z.addcmul_(inner, bias)
         return z if outer is None else z.tanh_().mul_(outer)
 
 

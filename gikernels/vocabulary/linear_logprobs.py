@@ -15,20 +15,21 @@ half is linear_logprobs_triton.py.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from gikernels.backends import checks, dispatch
 from gikernels.backends.settings import workspace_for
 from gikernels.backends.symbols import changing, settled
-from gikernels.reference import TokenStats, stat_dtype
+from gikernels.reference import Support, TokenStats, stat_dtype
 from gikernels.vocabulary.head import (
     Head,
     Kept,
     RowGrads,
     RowStats,
     accumulator,
-    autocast,
     check_values,
     choose_backend,
     dlogits_,
@@ -36,7 +37,9 @@ from gikernels.vocabulary.head import (
     head_arguments,
     merge,
     pick_target,
+    reference_arguments,
     row_grads,
+    row_temperature,
     scratch,
     spans,
     temperature_arguments,
@@ -45,6 +48,12 @@ from gikernels.vocabulary.head import (
     transform_arguments,
     view,
 )
+from gikernels.vocabulary.linear_logprobs_parts import parts
+from gikernels.vocabulary.split import local_head
+from gikernels.vocabulary.support import support_arguments
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # --- chunked PyTorch ----------------------------------------------------------------------------
 
@@ -179,16 +188,6 @@ def _outputs(
     return logprobs, entropy, kl, stats
 
 
-def _row_temperature(
-    hidden: Tensor, weight: Tensor, temperature: float, temperatures: Tensor | None
-) -> Tensor:
-    """(N) in the precision of the statistics; a single number takes no memory."""
-    dtype = stat_dtype(hidden, weight)
-    if temperatures is not None:
-        return temperatures.to(dtype)
-    return hidden.new_full((), temperature, dtype=dtype).expand(len(hidden))
-
-
 @torch.library.custom_op(
     "gikernels::linear_logprobs", mutates_args=(), tags=dispatch.OUTSIDE_GRAPHS
 )
@@ -227,7 +226,7 @@ def _op(
     return _forward_chunked(
         hidden,
         targets,
-        _row_temperature(hidden, weight, temperature, temperatures),
+        row_temperature(hidden, weight, temperature, temperatures),
         Head(weight, bias, softcap, logit_scale),
         ref_hidden,
         None if ref_weight is None else Head(ref_weight, None, softcap, logit_scale),
@@ -263,11 +262,12 @@ def _backward_op(
     ignore_index: int,
     backend: str,
     wanted: list[bool],  # gradients of hidden, weight, bias
+    exact: bool = False,  # whether that of hidden stays in the precision of the statistics
     carried: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; empty where they are not wanted."""
     temperature, softcap, logit_scale = settled(carried, temperature, softcap, logit_scale)
-    dhidden, dweight, dbias = _gradients(hidden, weight, bias, wanted)
+    dhidden, dweight, dbias = _gradients(hidden, weight, bias, wanted, exact)
     upstream = [g_logprobs, g_entropy, g_kl]
     # Masked, clipped or zero-advantage rows have no gradient: they cost nothing from here on.
     zero = torch.zeros_like(targets, dtype=torch.bool)
@@ -305,7 +305,7 @@ def _backward_op(
     else:
         _backward_chunked(
             x,
-            _row_temperature(x, weight, temperature, temperatures),
+            row_temperature(x, weight, temperature, temperatures),
             Head(weight, bias, softcap, logit_scale),
             ref_x,
             None if ref_weight is None else Head(ref_weight, None, softcap, logit_scale),
@@ -320,12 +320,16 @@ def _backward_op(
 
 
 def _gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool], exact: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised gradients, contiguous whatever the strides; empty where they are not wanted."""
     shapes = [hidden.shape, weight.shape, weight.shape[:1]]
-    likes = [hidden, weight, weight if bias is None else bias]
-    dx, dw, db = (x.new_empty(s if want else 0) for x, s, want in zip(likes, shapes, wanted))
+    dtypes = [x.dtype for x in (hidden, weight, weight if bias is None else bias)]
+    if exact:
+        dtypes[0] = stat_dtype(hidden, weight)
+    dx, dw, db = (
+        hidden.new_empty(s if want else 0, dtype=d) for s, want, d in zip(shapes, wanted, dtypes)
+    )
     return dx, dw, db
 
 
@@ -333,9 +337,9 @@ def _gradients(
 def _(
     g_logprobs, g_entropy, g_kl, logprobs, stats, hidden, weight, targets, temperature,
     temperatures, bias, softcap, logit_scale, ref_hidden, ref_weight, ignore_index, backend,
-    wanted, carried=None,
+    wanted, exact=False, carried=None,
 ):  # fmt: skip
-    return _gradients(hidden, weight, bias, wanted)
+    return _gradients(hidden, weight, bias, wanted, exact)
 
 
 def _setup(ctx, inputs, output):
@@ -359,7 +363,7 @@ def _backward(ctx, g_logprobs, g_entropy, g_kl, g_stats):
     dhidden, dweight, dbias = _backward_op(
         g_logprobs, g_entropy, g_kl, logprobs, stats, hidden, weight, targets, temperature,
         temperatures, bias, softcap, logit_scale, ref_hidden, ref_weight, ignore_index, backend,
-        wanted, carried,
+        wanted, False, carried,
     )  # fmt: skip
     grads = [g if want else None for g, want in zip((dhidden, dweight, dbias), wanted)]
     return (grads[0], grads[1], None, None, None, grads[2], *(None,) * 7)
@@ -382,6 +386,8 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     ref: tuple[Tensor, Tensor] | None = None,  # (..., D'), (V, D'); no gradient, no bias
     ignore_index: int = -100,
+    support: Support | None = None,  # of the rows in order
+    vocab_group: ProcessGroup | None = None,  # over which the rows of weight and bias are split
     backend: str = "auto",  # "triton" or "reference"
 ) -> TokenStats:
     """Log-probability of each target, entropy, and exact KL(pi || ref), without the logits:
@@ -397,9 +403,19 @@ def linear_logprobs(
     bias, and rows whose target is ignore_index give 0. A frozen weight costs no dW; the backward
     leaves out rows whose upstream gradients are zero. Scratch memory:
     gikernels.backends.settings. On a GPU a target out of range gives NaN; on a CPU it raises.
+
+    With `support`, logp and ref_logp are renormalised over the tokens that a row could be sampled
+    from, at the cost of those where they are few; their logits are formed by PyTorch on every
+    backend. A target that is none of them gives -inf, and its log-probability no gradient.
+
+    With `vocab_group`, each rank passes its part of the vocabulary, parts of any size in rank order
+    (of ref[1], too), the same hidden states and targets in the whole vocabulary. Every rank returns
+    the same; the gradients of weight and bias are its own, that of hidden is summed. A DTensor
+    weight placed Shard(0) on a mesh of one dimension is taken so by itself.
     """
-    hidden, weight, bias = head_arguments(hidden, weight, targets, bias)
-    ref_hidden, ref_weight = _reference_arguments(ref, hidden, weight)
+    hidden, weight, bias, ref, group = local_head(hidden, weight, bias, ref, vocab_group)
+    hidden, weight, bias = head_arguments(hidden, weight, targets, bias, part=bool(group))
+    ref_hidden, ref_weight = reference_arguments(ref, hidden, weight)
     temperature, temperatures = temperature_arguments(temperature, targets)
     softcap, logit_scale = transform_arguments(softcap, logit_scale)
     carried, (temperature, softcap, logit_scale) = changing(temperature, softcap, logit_scale)
@@ -408,7 +424,7 @@ def linear_logprobs(
     shape = targets.shape
     if targets.element_size() < 4:  # -100 is 156 to a uint8
         targets = targets.long()
-    logprobs, entropy, kl, _ = _op(
+    arguments = (
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         targets.reshape(-1),
@@ -420,30 +436,12 @@ def linear_logprobs(
         None if ref_hidden is None else ref_hidden.reshape(-1, ref_hidden.shape[-1]),
         ref_weight,
         ignore_index,
-        chosen,
-        carried,
     )
+    offsets, ids = support_arguments(support, targets)
+    if offsets is None and not group:
+        logprobs, entropy, kl, _ = _op(*arguments, chosen, carried)
+    else:
+        logprobs, entropy, kl, *_ = parts(*arguments, offsets, ids, group, chosen, carried)
     return TokenStats(
         logprobs.view(shape), entropy.view(shape), None if ref is None else kl.view(shape)
     )
-
-
-def _reference_arguments(
-    ref: tuple[Tensor, Tensor] | None, hidden: Tensor, weight: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    if ref is None:
-        return None, None
-    if not isinstance(ref, (tuple, list)) or len(ref) != 2:
-        raise checks.wrong("ref", ref, "a pair (ref_hidden, ref_weight) or None")
-    x, w = (checks.floats(f"ref[{i}]", t).detach() for i, t in enumerate(ref))
-    checks.not_sharded("ref[1]", w)
-    checks.dims("ref[1]", w, 2, "(V, D')")
-    checks.shape(
-        "ref[0]", x, (*hidden.shape[:-1], w.shape[1]), "hidden's leading dimensions and D'"
-    )
-    checks.shape("ref[1]", w, (weight.shape[0], w.shape[1]), "the vocabulary of weight and D'")
-    checks.same_device(hidden=hidden, **{"ref[0]": x, "ref[1]": w})
-    x, w = autocast(x), autocast(w)
-    if x.dtype != w.dtype:
-        raise checks.wrong("ref[1]", w, f"the dtype of ref[0], {x.dtype}")
-    return x, w

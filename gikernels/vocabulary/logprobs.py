@@ -27,9 +27,17 @@ from torch import Tensor
 from gikernels.backends import checks, dispatch
 from gikernels.backends.settings import workspace_for
 from gikernels.backends.symbols import changing, settled
-from gikernels.reference import TokenStats, stat_dtype, transform_logits
+from gikernels.reference import Support, TokenStats, stat_dtype
 from gikernels.vocabulary.head import Kept
-from gikernels.vocabulary.logprobs_transform import Transform, row_view
+from gikernels.vocabulary.logprobs_chunk import (
+    Transform,
+    check_values,
+    dlogits_of,
+    row_view,
+    stats_of_,
+)
+from gikernels.vocabulary.logprobs_support import kept_logprobs
+from gikernels.vocabulary.support import support_arguments
 
 BACKENDS = ("triton", "reference")
 
@@ -41,9 +49,6 @@ def _choose(backend: str, logits: Tensor) -> str:
 
 
 # --- in chunks of PyTorch -----------------------------------------------------------------------
-
-# For -inf, which would make 0 * log 0 a NaN: far below any logit, far from overflow.
-LOWEST = -1e30
 
 
 def _chunks(rows: Tensor, vocab: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -60,22 +65,7 @@ def _final(x: Tensor, rows: Tensor, how: Transform, dtype: torch.dtype) -> Tenso
     # index_select is three times as fast as indexing, where there is one index.
     whole = x[0].index_select(0, rows) if len(x) == 1 else x[rows // x.shape[1], rows % x.shape[1]]
     z = whole.to(dtype)
-    temperature = how.temperature
-    if isinstance(temperature, Tensor):
-        temperature = temperature[rows]
-    elif how == (1.0, None, 1.0):
-        return z
-    return transform_logits(z, temperature, softcap=how.softcap, logit_scale=how.logit_scale)
-
-
-def _scale_gradient_(dz: Tensor, z: Tensor, rows: Tensor, how: Transform) -> Tensor:
-    """dz times d final / d given, where z are the final logits (n, V)."""
-    temperature = how.temperature
-    if isinstance(temperature, Tensor):
-        temperature = temperature[rows].to(dz.dtype).unsqueeze(1)
-    if how.softcap is not None:  # tanh' = 1 - tanh^2
-        dz *= 1 - (z * temperature / how.softcap).square()
-    return dz.mul_(how.logit_scale).div_(temperature)
+    return how.final(z, rows)
 
 
 def _forward_in_chunks(
@@ -90,23 +80,10 @@ def _forward_in_chunks(
     targets = kept.pick(targets) if kept.blank else targets
     for rows in _chunks(kept.rows, vocab, dtype):
         z = _final(x, rows, how, dtype)
-        top = z.amax(1, keepdim=True)
-        z -= top
-        logprobs[rows] = z.gather(1, targets[rows].unsqueeze(1)).squeeze(1)
-        e = z.clamp_(min=LOWEST).exp()
-        s = e.sum(1)
-        log_s = s.log()
-        norms[rows, 0], norms[rows, 1] = top.squeeze(1), log_s
-        logprobs[rows] -= log_s
-        if ref_x is not None:
-            u = _final(ref_x, rows, how, dtype)
-            ref_top = u.amax(1, keepdim=True)
-            u -= ref_top
-            log_q = u.exp().sum(1).log()
-            mean = torch.sub(z, u, out=u).masked_fill_(e == 0, 0).mul_(e).sum(1) / s
-            norms[rows, 2], norms[rows, 3] = ref_top.squeeze(1), mean
-            kl[rows] = mean - log_s + log_q
-        entropy[rows] = log_s - e.mul_(z).sum(1) / s
+        u = None if ref_x is None else _final(ref_x, rows, how, dtype)
+        logprobs[rows], entropy[rows], kls, norms[rows] = stats_of_(z, u, targets[rows])
+        if kls is not None:
+            kl[rows] = kls
     for out in (logprobs, entropy, *(() if ref_x is None else (kl,))):
         kept.clear_(out)
     return logprobs, entropy, kl, norms
@@ -127,20 +104,11 @@ def _backward_in_chunks(
     wanted = Kept((targets != ignore_index) & (torch.stack(grads) != 0).any(0))
     targets = wanted.pick(targets) if wanted.blank else targets
     for rows in _chunks(wanted.rows, vocab, dtype):
-        g, h, k = (grad[rows].unsqueeze(1) for grad in grads)
-        entropy, norms = (t[rows].unsqueeze(-1) for t in saved)
         z = _final(x, rows, how, dtype)
-        below = z - norms[:, 0]
-        logp = torch.sub(below, norms[:, 1]).clamp_(min=LOWEST)
-        p = logp.exp()
-        inner = logp.mul_(h).add_(g + h * entropy)
-        if ref_x is not None:
-            ref_below = _final(ref_x, rows, how, dtype).sub_(norms[:, 2])
-            from_mean = below.sub_(ref_below).sub_(norms[:, 3]).masked_fill_(p == 0, 0)
-            inner -= from_mean.mul_(k)
-        dz = inner.mul_(p).neg_()
-        dz.scatter_add_(1, targets[rows].unsqueeze(1), g)
-        dlogits.index_copy_(0, rows, _scale_gradient_(dz, z, rows, how).to(logits.dtype))
+        u = None if ref_x is None else _final(ref_x, rows, how, dtype)
+        some = [t[rows] for t in (*grads, *saved)]
+        dz = how.scale_gradient_(dlogits_of(z, u, targets[rows], *some), z, rows)
+        dlogits.index_copy_(0, rows, dz.to(logits.dtype))
     return wanted.clear_(dlogits).view(logits.shape)
 
 
@@ -166,31 +134,12 @@ def _op(
     """
     temperature, softcap, logit_scale = settled(carried, temperature, softcap, logit_scale)
     how = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
-    _check_values(logits, targets, temperatures, ignore_index)
+    check_values(logits, targets, temperatures, ignore_index)
     if backend == "triton":
         from gikernels.vocabulary import logprobs_triton
 
         return logprobs_triton.forward(logits, targets, ref_logits, how, ignore_index)
     return _forward_in_chunks(logits, targets, ref_logits, how, ignore_index)
-
-
-def _check_values(
-    logits: Tensor, targets: Tensor, temperatures: Tensor | None, ignore_index: int
-) -> None:
-    """On the CPU only: on a GPU it would wait for the device, and the kernel answers with NaN."""
-    if logits.device.type != "cpu":
-        return
-    kept, vocab = targets != ignore_index, logits.shape[-1]
-    outside = targets[kept & ((targets < 0) | (targets >= vocab))]
-    if len(outside):
-        raise ValueError(
-            f"targets: got {outside[0].item()}, want 0 <= target < {vocab}, or {ignore_index} for "
-            "a row to ignore"
-        )
-    if temperatures is not None and not (temperatures[kept] > 0).all():
-        raise ValueError(
-            f"temperature: got {temperatures[kept].min().item()} among its values, want all > 0"
-        )
 
 
 @_op.register_fake
@@ -280,6 +229,7 @@ def logprobs(
     logit_scale: float = 1.0,
     ref_logits: Tensor | None = None,  # (..., V) float
     ignore_index: int = -100,
+    support: Support | None = None,  # of the rows in order
     backend: str = "auto",
 ) -> TokenStats:
     """Token log-probabilities, entropy and exact KL to a reference, in one read of the logits.
@@ -294,6 +244,10 @@ def logprobs(
     the gradient of the logits. `ref_logits` go through the same transform and get no gradient, nor
     does `temperature`. Rows whose target is `ignore_index` give 0 and a zero gradient, whatever
     lies there. A logit of -inf is a token that cannot be drawn.
+
+    With `support`, logp and the reference's are renormalised over the tokens that a row could be
+    sampled from, at the cost of those, by PyTorch on every backend. A target that is none of them
+    gives -inf, and its log-probability no gradient.
     """
     checks.floats("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
@@ -321,7 +275,7 @@ def logprobs(
     )
     softcap = None if softcap is None else float(softcap)
     carried, numbers = changing(float(temperature), softcap, float(logit_scale))
-    logprob, entropy, kl, _ = _op(
+    arguments = (
         logits,
         targets.reshape(-1).long(),
         ref_logits,
@@ -329,8 +283,12 @@ def logprobs(
         *numbers,
         ignore_index,
         _choose(backend, logits),
-        carried,
     )
+    offsets, ids = support_arguments(support, targets)
+    if offsets is None:
+        logprob, entropy, kl, _ = _op(*arguments, carried)
+    else:
+        logprob, entropy, kl, _ = kept_logprobs(*arguments, offsets, ids, carried)
     return TokenStats(
         logprob.view(targets.shape),
         entropy.view(targets.shape),

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gikernels.backends import grid
 from gikernels.reference import stat_dtype
+from gikernels.vocabulary.logprobs_chunk import Transform, row_view
 from gikernels.vocabulary.logprobs_kernels import backward_kernel, forward_kernel, merge_kernel
-from gikernels.vocabulary.logprobs_transform import Transform, row_view
 
 # A tile is LANES x VEC logits, where VEC of them are one 16-byte load of one thread. Each lane has
 # sums of its own: threads wait for each other once a row, not once a tile.

@@ -9,152 +9,46 @@ a chunk of rows whose logits fit into the workspace gives its statistics, its lo
 products, one after the other: 6NHV in all. The forward does this where a gradient is wanted (under
 no_grad it does not), and the backward only multiplies.
 
-Read downward: chunked PyTorch, custom operation, public function. The loss of a chunk is in
-policy_loss_terms.py, the Triton half in policy_loss_triton.py.
+Read downward: custom operation, public function. The loss of a chunk is in policy_loss_terms.py,
+the two ways to its gradients in policy_loss_torch.py and policy_loss_triton.py.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from gikernels import reference
 from gikernels.backends import checks, dispatch
-from gikernels.backends.settings import workspace_for
 from gikernels.backends.symbols import changing, settled
-from gikernels.reference import LossOut, stat_dtype
+from gikernels.reference import LossOut, Support, TokenStats, stat_dtype
+from gikernels.vocabulary import policy_loss_torch
 from gikernels.vocabulary.head import (
     Head,
     Kept,
-    RowStats,
     check_values,
     choose_backend,
-    dlogits_,
     full_precision,
     head_arguments,
-    merge,
-    pick_target,
-    row_grads,
-    scratch,
-    spans,
     temperature_arguments,
-    tile_stats_,
     transform_arguments,
-    view,
 )
+from gikernels.vocabulary.linear_logprobs_parts import parts
 from gikernels.vocabulary.policy_loss_terms import (
     METRICS,
     Recipe,
     Tokens,
-    active_rows,
     denominators,
+    saved_dtype,
 )
+from gikernels.vocabulary.split import local_head
+from gikernels.vocabulary.support import support_arguments
 
-# --- chunked PyTorch ----------------------------------------------------------------------------
-
-
-def _chunked(
-    hidden: Tensor,  # (n, D)
-    tokens: Tokens,
-    head: Head,
-    recipe: Recipe,
-    scale: Tensor,  # () what the gradients are multiplied by
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Log-probabilities and entropies (n), and the gradients of hidden, weight and bias."""
-    n, v, dtype = len(hidden), len(head.weight), tokens.temperature.dtype
-    logprobs, entropy = hidden.new_empty(n, dtype=dtype), hidden.new_empty(n, dtype=dtype)
-    # The logits of a chunk of rows; of some columns the exponentials and, with a softcap, slope.
-    wide = min(v, max(1024, v // 8))
-    tall = min(max(n, 1), max(1, workspace_for(hidden.device) // dtype.itemsize // (v + 2 * wide)))
-    # One chunk gives each element of dW in one product, which can be rounded at once.
-    dw_dtype = _saved_dtype(head.weight) if tall >= n else dtype
-    shapes = (hidden.shape, head.weight.shape, head.weight.shape[:1])
-    sums = [
-        hidden.new_zeros(shape, dtype=d) if yes else None
-        for shape, d, yes in zip(shapes, (dtype, dw_dtype, dtype), wanted)
-    ]
-    z, spare = scratch(hidden, tall * v, 1, dtype)[0], scratch(hidden, tall * wide, 1, dtype)[0]
-    for rows in spans(n, tall):
-        x, some = hidden[rows].to(dtype), tokens.rows(rows)
-        # Each block of columns is contiguous, for the sake of the products.
-        tiles = [
-            (cols, z[len(x) * cols.start : len(x) * cols.stop].view(len(x), -1))
-            for cols in spans(v, wide)
-        ]
-        stats, peaks, target_z = None, [], torch.full_like(some.temperature, torch.nan)
-        for cols, tile in tiles:
-            head.columns(cols, dtype).logits(x, some.temperature, tile)
-            target_z = pick_target(target_z, tile, some.targets, cols.start)
-            new = tile_stats_(tile, view(spare, rows, cols))  # leaves tile - new.peak
-            peaks.append(new.peak)
-            stats = new if stats is None else merge(stats, new)
-        assert stats is not None
-        logprobs[rows] = target_z - stats.peak - stats.total.log()
-        entropy[rows] = stats.entropy
-        if any(wanted):
-            _add_gradients(
-                x, some, logprobs[rows], stats, tiles, peaks, spare, head, recipe, scale, sums, rows
-            )
-    return logprobs, entropy, sums
-
-
-def _add_gradients(
-    x: Tensor,  # (n, D): a chunk of rows
-    tokens: Tokens,
-    logprobs: Tensor,
-    stats: RowStats,
-    tiles: list[tuple[slice, Tensor]],  # columns, and their logits minus the tile's own peak
-    peaks: list[Tensor],  # of the tiles, (n) each
-    spare: Tensor,
-    head: Head,
-    recipe: Recipe,
-    scale: Tensor,
-    sums: list[Tensor | None],
-    rows: slice,  # where the chunk lies in sums[0]
-) -> None:
-    all_dx, dw, db = sums
-    slope = recipe.slope(logprobs, tokens)
-    active = active_rows(slope, recipe)
-    if len(active) == 0:
-        return
-
-    def pick(t: Tensor) -> Tensor:
-        return t if len(active) == len(slope) else t[active]
-
-    x, temperature = pick(x), pick(tokens.temperature)
-    stats = RowStats._make(pick(t) if len(t) else t for t in stats)
-    g_logprob = pick(slope) * scale
-    g_entropy = None
-    if recipe.entropy_coef:
-        g_entropy = pick(recipe.entropy_slope(logprobs, tokens)) * scale
-    grads = row_grads(pick(tokens.targets), stats, pick(logprobs), g_logprob, g_entropy, None)
-    back = grads.factor * head.logit_scale / temperature
-    outer = head.outer(temperature)
-    dx = None if all_dx is None else torch.zeros_like(x)
-    for (cols, full_tile), full_peak in zip(tiles, peaks):
-        tile, peak = pick(full_tile), pick(full_peak)
-        if outer is None:
-            shifted = grads._replace(peak=stats.peak - peak)
-        else:  # the slope of the softcap wants the logits themselves
-            shifted = grads
-            tile.add_(peak.unsqueeze(1))
-        dz = dlogits_(tile, view(spare, slice(0, len(x)), cols), None, shifted, cols.start, outer)
-        if dx is not None:
-            dx.addmm_(dz, head.weight[cols].to(dz.dtype))
-        if dw is not None:
-            scaled = x * back.unsqueeze(1)
-            if dw.dtype == dz.dtype:
-                dw[cols].addmm_(dz.T, scaled)
-            else:  # the only chunk
-                dw[cols] = dz.T @ scaled
-        if db is not None:
-            db[cols].addmv_(dz.T, back)
-    if dx is not None and all_dx is not None:
-        all_dx[rows][active] = dx.mul_(back.unsqueeze(1))
-
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # --- custom operation ---------------------------------------------------------------------------
 
@@ -230,20 +124,16 @@ def _op(
 
         run = policy_loss_triton.chunked
     else:
-        run = _chunked
+        run = policy_loss_torch.chunked
     logprobs, entropy, (dx, dw, db) = run(x, tokens, head, recipe, scale, wanted)
     if dx is not None and not kept.all:
         dx = torch.zeros(hidden.shape, dtype=dtype, device=dx.device).index_copy_(0, kept.rows, dx)
-    saved = _saved_dtype(weight)
+    saved = saved_dtype(weight)
     dx, dw, db = (
         hidden.new_empty(0, dtype=d) if x is None else x.to(d)
         for x, d in zip((dx, dw, db), (dtype, saved, saved))
     )
     return *recipe.total(logprobs, entropy, tokens, denom), dx, dw, db
-
-
-def _saved_dtype(weight: Tensor) -> torch.dtype:
-    return torch.float32 if weight.dtype == torch.float16 else weight.dtype
 
 
 @_op.register_fake
@@ -257,7 +147,7 @@ def _(
     count = len(METRICS) - (ref_logprobs is None)
     out, metrics = hidden.new_empty((), dtype=dtype), hidden.new_empty(count, dtype=dtype)
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    dtypes = (dtype, _saved_dtype(weight), _saved_dtype(weight))
+    dtypes = (dtype, saved_dtype(weight), saved_dtype(weight))
     gradients = [
         hidden.new_empty(shape if yes else 0, dtype=d)
         for shape, yes, d in zip(shapes, wanted, dtypes)
@@ -343,6 +233,8 @@ def linear_policy_loss(
     bias: Tensor | None = None,  # (V)
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    support: Support | None = None,  # of the rows in order
+    vocab_group: ProcessGroup | None = None,  # over which the rows of weight and bias are split
     backend: str = "auto",  # "triton" or "reference"
 ) -> LossOut:
     """The clipped policy loss with its KL and entropy terms, without the logits:
@@ -360,9 +252,13 @@ def linear_policy_loss(
     Metrics are detached sums over mask / denom: policy, ratio, clipfrac, approxkl, entropy, and kl
     where ref_logprobs are given. Scratch memory: gikernels.backends.settings, and a dW in fp32
     while more than one chunk of rows is added up.
+
+    `support` and `vocab_group` as in `linear_logprobs`. With either of them the loss is composed of
+    that operation and what is written above: rows of the whole vocabulary then cost 8NHV.
     """
+    hidden, weight, bias, _, group = local_head(hidden, weight, bias, None, vocab_group)
     checks.dims("hidden", checks.floats("hidden", hidden), 2, "(N, D)")
-    hidden, weight, bias = head_arguments(hidden, weight, targets, bias)
+    hidden, weight, bias = head_arguments(hidden, weight, targets, bias, part=bool(group))
     rows = {"old_logprobs": old_logprobs, "advantages": advantages}
     if ref_logprobs is not None:
         rows["ref_logprobs"] = ref_logprobs
@@ -390,7 +286,33 @@ def linear_policy_loss(
     temperature, temperatures = temperature_arguments(temperature, targets)
     softcap, logit_scale = transform_arguments(softcap, logit_scale)
     dtype = stat_dtype(hidden, weight)
-    denom, weights = denominators(checks.denominator(denom, mask), mask, dtype)
+    checks.denominator(denom, mask)
+    offsets, ids = support_arguments(support, targets)
+    if offsets is not None or group:
+        carried, head_numbers = changing(temperature, softcap, logit_scale)
+        logprobs, entropy, *_ = parts(
+            hidden, weight, targets.long().masked_fill(~mask, -100), head_numbers[0], temperatures,
+            bias, *head_numbers[1:], None, None, -100, offsets, ids, group,
+            choose_backend(backend, hidden), carried,
+        )  # fmt: skip
+        return reference.policy_loss_of(
+            TokenStats(logprobs, entropy, None),
+            old_logprobs,
+            advantages,
+            mask=mask,
+            denom=denom.detach() if isinstance(denom, Tensor) else denom,
+            loss=loss,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            cap_low=cap_low,
+            cap_high=cap_high,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef if kl_coefs is None else kl_coefs,
+            kl_estimator=kl_estimator,
+            entropy_coef=entropy_coef,
+        )
+    denom, weights = denominators(denom, mask, dtype)
     grad = torch.is_grad_enabled()
     wanted = [x is not None and grad and x.requires_grad for x in (hidden, weight, bias)]
     numbers: Any = (clip_low, clip_high, dual_clip, cap_low, cap_high, kl_coef, entropy_coef)

@@ -41,7 +41,16 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 BOTH = (False, True)
 
 
-def linear(N, V, D, dtype, bias, softcap, ref, temperatures, frozen):
+def some_kept(N, V):
+    """A support of every second row."""
+    import gikernels
+
+    lengths = torch.arange(N) % 2
+    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return gikernels.Support(ends, torch.arange(int(ends[-1])) % V)
+
+
+def linear(N, V, D, dtype, bias, softcap, ref, temperatures, frozen, kept=False):
     import gikernels
 
     def some(*shape):
@@ -56,6 +65,7 @@ def linear(N, V, D, dtype, bias, softcap, ref, temperatures, frozen):
         bias=some(V) if bias else None,
         softcap=30.0 if softcap else None,
         ref=(some(N, D).detach(), some(V, D).detach()) if ref else None,
+        support=some_kept(N, V) if kept else None,
         backend="triton",
     )
     sum(x.sum() for x in stats if x is not None).backward()
@@ -95,7 +105,7 @@ def policy(N, kept, active, V, D, dtype, bias, softcap, temperatures, workspace,
         loss.backward()
 
 
-def logits(N, V, dtype, softcap, ref, temperatures, strided):
+def logits(N, V, dtype, softcap, ref, temperatures, strided, kept=False):
     import gikernels
 
     def some():
@@ -108,6 +118,7 @@ def logits(N, V, dtype, softcap, ref, temperatures, strided):
         torch.rand(N) + 1 if temperatures else 0.7,
         softcap=30.0 if softcap else None,
         ref_logits=some() if ref else None,
+        support=some_kept(N, V) if kept else None,
         backend="triton",
     )
     sum(x.sum() for x in stats if x is not None).backward()
@@ -210,6 +221,7 @@ AXES: dict[Callable, dict[str, tuple]] = {
         "ref": BOTH,
         "temperatures": BOTH,
         "frozen": BOTH,
+        "kept": BOTH,
     },
     logits: {
         "N": SIZES,
@@ -219,6 +231,7 @@ AXES: dict[Callable, dict[str, tuple]] = {
         "ref": BOTH,
         "temperatures": BOTH,
         "strided": BOTH,
+        "kept": BOTH,
     },
     gae: {"S": SIZES, "T": SIZES, "dtype": FLOATS, "last": BOTH, "strided": BOTH},
     sequences: {

@@ -19,12 +19,13 @@ NAN, INF = math.nan, math.inf
 
 SIGNATURES = {
     "linear_logprobs": "hidden weight targets temperature=1.0 * bias=None softcap=None "
-    "logit_scale=1.0 ref=None ignore_index=-100 backend=auto",
+    "logit_scale=1.0 ref=None ignore_index=-100 support=None vocab_group=None backend=auto",
     "logprobs": "logits targets temperature=1.0 * softcap=None logit_scale=1.0 ref_logits=None "
-    "ignore_index=-100 backend=auto",
+    "ignore_index=-100 support=None backend=auto",
     "linear_policy_loss": "hidden weight targets old_logprobs advantages * mask denom clip_low=0.2 "
     "clip_high=0.2 dual_clip=None ref_logprobs=None kl_coef=0.0 kl_estimator=k3 entropy_coef=0.0 "
-    "temperature=1.0 bias=None softcap=None logit_scale=1.0 backend=auto",
+    "temperature=1.0 bias=None softcap=None logit_scale=1.0 support=None vocab_group=None "
+    "backend=auto",
     "kl_penalty": "logprobs ref_logprobs coef group_ids=None * estimator=k1",
     "gae": "rewards values mask * gamma=1.0 lam=0.95 last_values=None backend=auto",
     "experience": "logprobs ref_logprobs values scores mask kl_coef * gamma=1.0 lam=0.95 "
