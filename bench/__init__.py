@@ -5,5 +5,5 @@ gpu/        `python -m bench.gpu`: right and fast on this GPU? Within minutes
 training/   `python -m bench.training.NAME`: whole models and trainers
 evidence/   `python -m bench.evidence`: does the method do what is claimed?
 host/       what all of them ask of the machine
-results/    what came out; `python -m bench.report` makes README's GPU table of it
+results/    what came out; `python -m bench.report` makes the GPU table of docs/results.md of it
 """

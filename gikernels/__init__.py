@@ -50,6 +50,8 @@ from gikernels.vocabulary.linear_logprobs import linear_logprobs
 from gikernels.vocabulary.logprobs import logprobs
 from gikernels.vocabulary.policy_loss import linear_policy_loss
 
+__version__ = "0.2.0"
+
 __all__ = [
     "BackendStatus",
     "BackendUnavailable",

@@ -1,4 +1,4 @@
-"""Tables of what the stages have found: all of it for one folder, and the few lines of README.
+"""Tables of what the stages have found: all of it for one folder, and the few lines quoted.
 
 No speed is shown of sources whose selftest or tests are red.
 """
@@ -20,7 +20,7 @@ MEASURED = ("times", "small", "peers")
 
 
 class Line(NamedTuple):
-    """Of README's table: what it is called, and which rows it is made of."""
+    """Of the table that is quoted: what it is called, and which rows it is made of."""
 
     title: str
     op: str
@@ -66,7 +66,7 @@ def red(records: Records) -> list[str]:
     ]
 
 
-# --- README's table -----------------------------------------------------------------------------
+# --- the table of docs/results.md ---------------------------------------------------------------
 
 TITLES = (
     *("", "time", "of its limit", "peak extra MiB", "error", "dW's error"),
@@ -74,7 +74,7 @@ TITLES = (
 )
 
 
-def readme(results: Path) -> str:
+def short(results: Path) -> str:
     folders = all_of(results)
     if not folders:
         rows = [(line.title, NOT_YET, *[""] * (len(TITLES) - 2)) for line in LINES]

@@ -25,8 +25,6 @@ import tempfile
 import threading
 from pathlib import Path
 
-import torch
-
 PACKAGE = Path(__file__).parents[1]
 CSRC = PACKAGE / "csrc"  # in a checkout a link to the csrc/ beside the package
 SHIPPED = PACKAGE / "lib"
@@ -50,6 +48,8 @@ def status(name: str) -> tuple[bool, str]:
 
     Builds it where that has not been done yet: seconds for "cpp", up to half a minute for "cuda".
     """
+    import torch
+
     if name == "cuda" and not torch.cuda.is_available():
         return False, "no GPU that this PyTorch can use (torch.cuda.is_available())"
     found = _load(name)
@@ -125,6 +125,8 @@ def cache_dir() -> Path:
 
 def present_archs() -> tuple[int, ...]:
     """Compute capabilities of this machine's GPUs, 90 for 9.0, ascending."""
+    import torch  # not above: setup.py runs this file where there is none
+
     capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
     return tuple(sorted({10 * major + minor for major, minor in capabilities}))
 
@@ -222,8 +224,7 @@ def main() -> int:
     parser.add_argument("--into", type=Path, help="a folder, instead of the cache")
     options = parser.parse_args()
     archs = tuple(sorted(int(arch) for arch in options.arch.split(",") if arch))
-    if not archs and torch.cuda.is_available():
-        archs = present_archs()
+    archs = archs or present_archs()
     failed = False
     for name in ("cpp", "cuda"):
         if name == "cuda" and not archs:

@@ -4,7 +4,7 @@
         algorithm.adv_estimator=group_invariant \
         +algorithm.group_invariance.num_groups=2 ...
 
-verl imports that module in every process that it starts, on every node; docs/integrations.md has
+verl imports that module in every process that it starts, on every node; docs/how-to/verl.md has
 the whole recipe.
 """
 

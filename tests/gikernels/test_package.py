@@ -161,3 +161,11 @@ def test_files_can_be_read_in_one_sitting():
     for path in FILES.values():
         lines = len(path.read_text().splitlines())
         assert lines <= 450 or path.stem == "reference", f"{path.name}: {lines} lines"
+
+
+def test_one_version_everywhere():
+    root = PACKAGE.parent
+    version = gikernels.__version__
+    assert f"\nversion: {version}\n" in (root / "CITATION.cff").read_text()
+    changes = re.findall(r"^## (\S+)", (root / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert changes[0] == version and len(set(changes)) == len(changes)

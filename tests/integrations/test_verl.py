@@ -301,7 +301,7 @@ def test_the_plugin_registers_in_a_fresh_process():
 def test_the_documented_recipe_composes_with_verls_configuration(ours):
     from hydra import compose, initialize_config_dir
 
-    text = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "how-to" / "verl.md").read_text()
     recipe = text.split("verl.trainer.main_ppo \\\n")[1].split("\n```")[0]
     overrides = [line.strip().removesuffix("\\").strip() for line in recipe.splitlines()]
     assert len(overrides) > 20

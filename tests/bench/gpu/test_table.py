@@ -46,14 +46,14 @@ def results(root, **changes):
     return root / "bench" / "results"
 
 
-def test_readme_holds_what_the_results_say():
-    text = table.readme(ROOT / "bench" / "results")
-    readme = (ROOT / "README.md").read_text()
-    assert report.inserted(readme, text) == readme, "python -m bench.report --write"
+def test_the_document_holds_what_the_results_say():
+    text = table.short(ROOT / "bench" / "results")
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert report.inserted(page, text) == page, "python -m bench.report --write"
 
 
 def test_without_results_nothing_is_measured(tmp_path):
-    text = table.readme(tmp_path)
+    text = table.short(tmp_path)
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     assert len(rows) == len(table.LINES)
     assert all("| not measured yet |" in line for line in rows)
@@ -61,7 +61,7 @@ def test_without_results_nothing_is_measured(tmp_path):
 
 
 def test_a_gpus_line(tmp_path):
-    text = table.readme(results(tmp_path))
+    text = table.short(results(tmp_path))
     assert (
         "| `linear_logprobs`, forward | **12.5 ms** | 86% of 1 plain matrix product | 50 | 2.0e-03 "
         "| 4.0e-03 | 40.2 ms, 50 MiB | Liger CuTe 11.5 ms, 50 MiB |"
@@ -76,7 +76,7 @@ def test_a_gpus_line(tmp_path):
 
 @pytest.mark.parametrize("status", ["failed", "crashed"])
 def test_no_speed_while_a_check_is_red(tmp_path, status):
-    text = table.readme(results(tmp_path, selftest=status))
+    text = table.short(results(tmp_path, selftest=status))
     assert "| `linear_logprobs`, forward | not shown: red |" in text
     assert "ms" not in text and "tokens/s" not in text
     assert "**Red, so no speed is shown.** selftest: dW off" in text
@@ -88,7 +88,7 @@ def test_a_run_on_a_cpu_is_no_gpu(tmp_path):
     folder = results(tmp_path)
     for path in (folder / "gpu-h100").glob("*.json"):
         record.write(path, record.read(path) | {"size": "quick"})
-    assert "ms |" not in table.readme(folder)
+    assert "ms |" not in table.short(folder)
 
 
 def test_the_whole_table_has_every_row_and_who_is_absent(tmp_path):
@@ -103,16 +103,17 @@ def test_the_marks_have_to_be_there():
         report.inserted("nothing", "table")
 
 
-def test_the_command_writes_readme(tmp_path, capsys):
+def test_the_command_writes_the_document(tmp_path, capsys):
     results(tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    page = tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     assert report.main(["--write"], tmp_path) == 0
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n")
     assert "12.5 ms" in text and "old" not in text
     assert report.main([], tmp_path) == 0
     assert capsys.readouterr().out.strip() in text
-    readme.write_text("no marks")
+    page.write_text("no marks")
     assert report.main(["--write"], tmp_path) == 2
-    assert "README.md wants" in capsys.readouterr().err
+    assert "docs/results.md wants" in capsys.readouterr().err

@@ -218,26 +218,35 @@ def test_the_command_line(quick, tmp_path):
 
 
 @COMPILER
-def test_an_installed_package_brings_its_sources(quick, tmp_path):
+def test_an_installed_package_brings_its_library(quick, tmp_path):
+    """And its sources. One for every Python of this platform; nothing is left to compile."""
     source = tmp_path / "source"
     source.mkdir()
     for name in ("gikernels", "trainer", "csrc"):
         shutil.copytree(
             ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
         )
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
-    pip += ["--no-index", "--target", str(tmp_path / "site"), str(source)]
-    done = subprocess.run(pip, capture_output=True, text=True)
+    pip += ["--no-index", "--target", str(site), str(source)]
+    environment = {**os.environ, "CXX": quick}
+    done = subprocess.run(pip, env=environment, capture_output=True, text=True)
     if "setuptools" in done.stderr and done.returncode:
         pytest.skip("no setuptools new enough to build with")
     assert done.returncode == 0, done.stderr
     out = python(
-        "import gikernels; print(gikernels.__file__); print(gikernels.backends()['cpp'].available)",
+        "import gikernels; print(gikernels.__file__, *gikernels.backends()['cpp'])",
         tmp_path,
-        CXX=quick,
-        PYTHONPATH=str(tmp_path / "site"),
+        CXX="no-such-compiler",
+        PYTHONPATH=str(site),
         GIKERNELS_CACHE=str(tmp_path / "cache"),
     )
-    assert out.split() == [str(tmp_path / "site" / "gikernels" / "__init__.py"), "True"]
+    package, available, library = out.split()
+    assert package == str(site / "gikernels" / "__init__.py") and available == "True", out
+    assert Path(library).parent == site / "gikernels" / "lib"
+    assert [file.suffix for file in Path(library).parent.iterdir()] == [".so"]
+    assert (site / "gikernels" / "csrc" / "partition.cu").is_file()
+    (about,) = site.glob("gikernels-*.dist-info/WHEEL")
+    assert "Tag: py3-none-linux_" in about.read_text()
