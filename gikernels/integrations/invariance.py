@@ -79,7 +79,7 @@ class GroupInvariance:
         if len(prompts) < self.num_groups:
             return untouched
         means = gikernels.group_stats(r, prompt, len(prompts)).mean
-        if not self._separable(means):
+        if not separable(means, self.num_groups, self.min_size):
             return untouched
         groups = gikernels.partition(means, self.num_groups, min_size=self.min_size)
         ids = groups.group_ids.long()[prompt]
@@ -94,15 +94,6 @@ class GroupInvariance:
         group_ids[scored] = ids
         metrics = self._metrics(r, ids, weights[scored], kl_scale[scored])
         return InferredGroups(group_ids, weights.float(), kl_scale.float(), metrics)
-
-    def _separable(self, means: Tensor) -> bool:
-        """Whether num_groups groups of min_size exist: fill them greedily, ties together."""
-        groups = size = 0
-        for count in means.unique(return_counts=True)[1].tolist():
-            size += count
-            if size >= self.min_size:
-                groups, size = groups + 1, 0
-        return groups >= self.num_groups
 
     def _metrics(self, r: Tensor, ids: Tensor, weights: Tensor, kl_scale: Tensor) -> dict:
         stats = gikernels.group_stats(r, ids, self.num_groups)
@@ -122,3 +113,13 @@ class GroupInvariance:
             metrics[f"group/{g}/weight"] = weights[member].mean().item()
             metrics[f"group/{g}/kl_scale"] = kl_scale[member].mean().item()
         return metrics
+
+
+def separable(values: Tensor, num_groups: int, min_size: int) -> bool:
+    """Whether num_groups groups of min_size exist: fill them greedily, ties together."""
+    groups = size = 0
+    for count in values.unique(return_counts=True)[1].tolist():
+        size += count
+        if size >= min_size:
+            groups, size = groups + 1, 0
+    return groups >= num_groups

@@ -23,8 +23,15 @@ def test_runs_as_a_script_of_at_most_60_lines(name, capsys):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 60
 
 
-def test_there_are_five():
-    assert NAMES == ["group_weights", "hf_logprobs", "metarm_step", "ppo_step", "trl_grpo"]
+def test_all_are_there():
+    assert NAMES == [
+        "draw_dataloader",
+        "group_weights",
+        "hf_logprobs",
+        "metarm_step",
+        "ppo_step",
+        "trl_grpo",
+    ]
 
 
 def test_ppo_step_learns():
@@ -50,3 +57,9 @@ def test_metarm_step_learns_on_both_distributions():
 def test_trl_grpo_infers_groups():
     logs = run("trl_grpo")["main"](2)
     assert len(logs) == 2 and any(h["group/inferred"] for h in logs)
+
+
+def test_draw_dataloader_draws_the_rare_hard_skill_more_often():
+    main = run("draw_dataloader")["main"]
+    even, none = main(rule="even"), main(rule="none")
+    assert even["hard"] > 1.4 * none["hard"] and even["hard"] == min(even.values())
