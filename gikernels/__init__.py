@@ -46,6 +46,8 @@ from gikernels.sequence.losses import (
     preference_loss,
     value_loss,
 )
+from gikernels.vocabulary.divergence import linear_divergence
+from gikernels.vocabulary.gather_logprobs import linear_gather_logprobs
 from gikernels.vocabulary.linear_logprobs import linear_logprobs
 from gikernels.vocabulary.logprobs import logprobs
 from gikernels.vocabulary.policy_loss import linear_policy_loss
@@ -76,7 +78,9 @@ __all__ = [
     "group_weights",
     "gspo_loss",
     "kl_penalty",
+    "linear_divergence",
     "linear_experience",
+    "linear_gather_logprobs",
     "linear_logprobs",
     "linear_policy_loss",
     "logprobs",

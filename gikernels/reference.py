@@ -12,6 +12,7 @@ False (or where a target is `ignore_index`) never reaches a result or a gradient
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -211,6 +212,81 @@ def linear_logprobs(
         ignore_index=ignore_index,
         support=support,
     )
+
+
+def linear_gather_logprobs(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    ids: Tensor,  # (N, K); -1: none
+    temperature: float | Tensor = 1.0,  # () or (N)
+    *,
+    bias: Tensor | None = None,  # (V)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """Log-probabilities (N, K) of K given tokens a row; 0 where there is none."""
+    given = ids >= 0
+    logp = log_softmax_of(
+        hidden, weight, given.any(1), temperature, bias, softcap=softcap, logit_scale=logit_scale
+    )
+    return masked(logp.gather(1, masked(ids, given).long()), given)
+
+
+def linear_divergence(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    ref: tuple[Tensor, Tensor],  # (N, D'), (V, D'), no gradient, no bias
+    *,
+    kind: str = "reverse",
+    mix: float = 0.5,
+    mask: Tensor,  # (N) bool
+    denom: float | Tensor,  # the GLOBAL number of tokens; or (N): each token's own
+    temperature: float | Tensor = 1.0,  # () or (N)
+    bias: Tensor | None = None,  # (V)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> LossOut:
+    """KL(pi, ref), KL(ref, pi), or mix KL(pi, m) + (1 - mix) KL(ref, m) with m = mix pi +
+    (1 - mix) ref."""
+
+    def log_probs(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return log_softmax_of(x, w, mask, temperature, b, softcap=softcap, logit_scale=logit_scale)
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a.exp() * (a - b).masked_fill(a == -torch.inf, 0)).sum(-1)
+
+    log_p, log_q = log_probs(hidden, weight, bias), log_probs(*(x.detach() for x in ref), None)
+    if kind == "reverse":
+        divergence = kl(log_p, log_q)
+    elif kind == "forward":
+        divergence = kl(log_q, log_p)
+    else:
+        log_m = torch.logaddexp(log_p + math.log(mix), log_q + math.log1p(-mix))
+        divergence = mix * kl(log_p, log_m) + (1 - mix) * kl(log_q, log_m)
+    loss = token_sum(divergence, mask, denom)
+    return LossOut(loss, {"divergence": loss.detach()})
+
+
+def log_softmax_of(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    kept: Tensor,  # (N) bool: rows that count
+    temperature: float | Tensor,
+    bias: Tensor | None,
+    *,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:  # (N, V)
+    dtype = stat_dtype(hidden, weight)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.masked_fill(~kept, 1)
+    z = F.linear(
+        masked(hidden, kept.unsqueeze(-1)).to(dtype),
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+    )
+    z = transform_logits(z, temperature, softcap=softcap, logit_scale=logit_scale)
+    return z.log_softmax(-1)
 
 
 # --- KL penalty, advantages, experience ---------------------------------------------------------

@@ -94,6 +94,19 @@ def _policy(n: int) -> dict[str, Any]:
     }
 
 
+def _gather(n: int) -> dict[str, Any]:
+    given = _head(n)
+    ids = torch.randint(-1, V, (n, 8))
+    kept = ("hidden", "weight", "temperature", "bias", "softcap")
+    return {"ids": ids, **{key: given[key] for key in kept}}
+
+
+def _divergence(n: int) -> dict[str, Any]:
+    given = _head(n)
+    mask = given.pop("targets") >= 0
+    return {**given, "mask": mask, "denom": float(n), "kind": "jsd", "mix": 0.3}
+
+
 def _sequences(n: int) -> dict[str, Any]:
     steps = 37
     return {
@@ -157,6 +170,10 @@ CASES = (
          gikernels.logprobs, reference.logprobs),
     Case("policy_loss_support", _TRITON, FLOATS, lambda n: _with_support(_policy(n)), _HEAD,
          gikernels.linear_policy_loss, reference.linear_policy_loss),
+    Case("linear_gather_logprobs", _TRITON, FLOATS, _gather, _HEAD,
+         gikernels.linear_gather_logprobs, reference.linear_gather_logprobs),
+    Case("linear_divergence", _TRITON, FLOATS, _divergence, _HEAD,
+         gikernels.linear_divergence, reference.linear_divergence),
     Case("linear_experience", _TRITON, FLOATS, _packed, (),
          gikernels.linear_experience, reference.linear_experience),
     Case("experience", ("triton", "cpp", "reference"), FLOATS[:1], _by_group, (),

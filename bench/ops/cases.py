@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.ops import peers, peers_support
+from bench.ops import peers, peers_support, rows
 from bench.ops.peers import Contender, Inputs, Outputs
 from gikernels import reference
 
@@ -243,6 +243,44 @@ def linear_policy_loss(size: str) -> Iterator[Case]:
         )
 
 
+def linear_gather_logprobs(size: str) -> Iterator[Case]:
+    """16 given tokens a row, as of a teacher's top-k."""
+
+    def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+        ids = torch.randint(
+            shape["V"], (shape["N"], 16), device=device, generator=generator(device)
+        )
+        return {**head_inputs(shape, dtype, device), "ids": ids}
+
+    def specification(i: Inputs) -> Outputs:
+        found = reference.linear_gather_logprobs(i["hidden"], i["weight"], i["ids"])
+        return {"logprobs": found}
+
+    for shape in HEADS[size]:
+        work = head_work(shape, {FORWARD: (1, 0, 0), BOTH: (2, 1, 1)})
+        yield Case("linear_gather_logprobs", shape, dtype_of(size), inputs, specification,
+                   ("hidden", "weight"), rows.GATHER, work,
+                   {**shape, "N": min(shape["N"], 128)})  # fmt: skip
+
+
+def linear_divergence(size: str) -> Iterator[Case]:
+    """Jensen-Shannon, against a reference of the same size."""
+
+    def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+        given, rng = head_inputs(shape, dtype, device), generator(device)
+        noise = torch.randn(given["hidden"].shape, device=device, generator=rng)
+        mask = torch.rand(shape["N"], device=device, generator=rng) < 0.9
+        ref = (given["hidden"].float() + noise).to(dtype)
+        return {**given, "ref": (ref, given["weight"].clone()), "mask": mask, "denom": mask.sum()}
+
+    for shape in HEADS[size]:
+        # Two products of logits; the weight's and the hidden states' gradients.
+        work = head_work(shape, {FORWARD: (2, 0, 0), BOTH: (2, 1, 1)})
+        yield Case("linear_divergence", shape, dtype_of(size), inputs, rows.specified_divergence,
+                   ("hidden", "weight"), rows.DIVERGENCE, work,
+                   {**shape, "N": min(shape["N"], 128)})  # fmt: skip
+
+
 # --- from logits --------------------------------------------------------------------------------
 
 
@@ -419,6 +457,8 @@ OPS: dict[str, Callable[[str], Iterator[Case]]] = {
     "linear_logprobs_support": linear_logprobs_support,
     "logprobs": logprobs,
     "linear_policy_loss": linear_policy_loss,
+    "linear_gather_logprobs": linear_gather_logprobs,
+    "linear_divergence": linear_divergence,
     "experience": experience,
     "groups": groups,
     "group_advantages": group_advantages,
@@ -431,6 +471,8 @@ TESTS = {
     "linear_logprobs_support": "tests/gikernels/vocabulary/test_support.py",
     "logprobs": "tests/gikernels/vocabulary/test_logprobs.py",
     "linear_policy_loss": "tests/gikernels/vocabulary/test_policy_loss.py",
+    "linear_gather_logprobs": "tests/gikernels/vocabulary/test_gather_logprobs.py",
+    "linear_divergence": "tests/gikernels/vocabulary/test_divergence.py",
     "experience": "tests/gikernels/sequence/test_experience.py",
     "groups": "tests/gikernels/groups/test_stats.py",
     "group_advantages": "tests/gikernels/groups/test_stats.py",

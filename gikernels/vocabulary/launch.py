@@ -184,6 +184,37 @@ def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b, out=out)
 
 
+class Gradients:
+    """Of hidden, weight and bias, added up from dZ of one chunk of rows after the other. dX and db
+    are fp32; so is dW while several chunks are added, and that of fp16, which is scaled later."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, chunks: int, wanted: list[bool]) -> None:
+        self.weight, self.wanted = weight, wanted
+        self.exact = chunks > 1 or weight.dtype == torch.float16
+        self.dx = hidden.new_zeros(hidden.shape, dtype=torch.float32) if wanted[0] else None
+        self.dw: Tensor | None = None
+        self.db = hidden.new_zeros(len(weight), dtype=torch.float32) if wanted[2] else None
+
+    def add(self, rows: slice | Tensor, x: Tensor, dz: Tensor) -> None:
+        """dZ (n, V) of hidden states x (n, D), which are those at `rows`."""
+        if self.dx is not None:
+            self.dx[rows] = new_product(dz, self.weight)
+        if self.wanted[1] and self.dw is not None:
+            add_product(self.dw, dz.T, x)
+        elif self.wanted[1] and self.exact:
+            self.dw = new_product(dz.T, x)
+        elif self.wanted[1]:
+            self.dw = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
+            write_product(self.dw, dz.T, x)
+        if self.db is not None:
+            self.db += dz.sum(0, dtype=torch.float32)
+
+    def all(self) -> list[Tensor | None]:
+        if self.wanted[1] and self.dw is None:  # no row has a gradient
+            self.dw = torch.zeros_like(self.weight, memory_format=torch.contiguous_format)
+        return [self.dx, self.dw, self.db]
+
+
 # --- ahead-of-time compilation ------------------------------------------------------------------
 
 

@@ -15,7 +15,6 @@ the two ways to its gradients in policy_loss_torch.py and policy_loss_triton.py.
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +24,8 @@ from gikernels import reference
 from gikernels.backends import checks, dispatch
 from gikernels.backends.symbols import changing, settled
 from gikernels.reference import LossOut, Support, TokenStats, stat_dtype
-from gikernels.vocabulary import policy_loss_torch
+from gikernels.vocabulary import formed, policy_loss_torch
+from gikernels.vocabulary.formed import saved_dtype
 from gikernels.vocabulary.head import (
     Head,
     Kept,
@@ -42,7 +42,6 @@ from gikernels.vocabulary.policy_loss_terms import (
     Recipe,
     Tokens,
     denominators,
-    saved_dtype,
 )
 from gikernels.vocabulary.split import local_head
 from gikernels.vocabulary.support import support_arguments
@@ -51,8 +50,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 # --- custom operation ---------------------------------------------------------------------------
-
-BIAS = 21  # its place among the arguments
 
 
 @torch.library.custom_op(
@@ -88,11 +85,7 @@ def _op(
     wanted: list[bool],  # gradients of hidden, weight, bias
     carried: Tensor | None = None,  # the numbers, where torch.compile knows them as symbols
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), METRICS stacked, and the gradients of the loss, empty where not wanted.
-
-    Of fp16 the gradients come in fp32, of the sum and not of the loss: divided by denom they would
-    underflow before a loss scale can help.
-    """
+    """loss (), METRICS stacked, and the gradients of the loss, empty where not wanted."""
     numbers = (clip_low, clip_high, dual_clip, cap_low, cap_high, kl_coef, entropy_coef)
     *of_recipe, temperature, softcap, logit_scale = settled(
         carried, *numbers, temperature, softcap, logit_scale
@@ -117,7 +110,7 @@ def _op(
     if hidden.device.type == "cpu":
         check_values(tokens.targets, temperature_n, len(weight))
     recipe = Recipe(loss, kl_estimator, *of_recipe)
-    scale = torch.ones_like(denom) if hidden.dtype == torch.float16 else 1 / denom
+    scale = formed.scale_of(hidden, denom)
     x, head = pick(hidden), Head(weight, bias, softcap, logit_scale)
     if backend == "triton":
         from gikernels.vocabulary import policy_loss_triton
@@ -146,65 +139,10 @@ def _(
     dtype = stat_dtype(hidden, weight)
     count = len(METRICS) - (ref_logprobs is None)
     out, metrics = hidden.new_empty((), dtype=dtype), hidden.new_empty(count, dtype=dtype)
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    dtypes = (dtype, saved_dtype(weight), saved_dtype(weight))
-    gradients = [
-        hidden.new_empty(shape if yes else 0, dtype=d)
-        for shape, yes, d in zip(shapes, wanted, dtypes)
-    ]
-    return out, metrics, *gradients
+    return out, metrics, *formed.blanks(hidden, weight, dtype, wanted)
 
 
-def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
-    ctx.numbers = [None if isinstance(x, Tensor) else x for x in inputs]
-    # Not saved tensors: the first backward multiplies them in place, as a second dW of 1 GB at
-    # 128256 x 4096 is more than the workspace. Weak references tell whether anybody else can see
-    # them; linear_policy_loss drops them.
-    ctx.gradients = [x.detach() for x in output[2:]]
-    ctx.seen = [weakref.ref(x) for x in output[2:]]
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, g_loss, *_):
-    inputs = [
-        number if tensor is None else tensor
-        for tensor, number in zip(ctx.saved_tensors, ctx.numbers)
-    ]
-    hidden, weight, bias, denom = (*inputs[:2], inputs[BIAS], inputs[6])
-    backend, wanted = inputs[-3:-1]
-    if g_loss is None:
-        return (None,) * len(inputs)
-    gradients, ctx.gradients = ctx.gradients, None
-    in_place = all(ref() is None for ref in ctx.seen)
-    if gradients is None:  # retain_graph: they were handed out, and are computed again
-        gradients, in_place = _op(*inputs)[2:], True
-    factor = g_loss / denom if hidden.dtype == torch.float16 else g_loss
-    out: list[Tensor | None] = [None] * len(inputs)
-    for i, x, gradient, yes in zip((0, 1, BIAS), (hidden, weight, bias), gradients, wanted):
-        if yes:
-            out[i] = _scaled(gradient, factor, x.dtype, in_place, backend)
-    return tuple(out)
-
-
-def _scaled(
-    gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool, backend: str
-) -> Tensor:
-    """gradient * factor, rounded once; in place where allowed and of the same precision."""
-    # What torch.compile traces is no plain tensor; there the compiler decides what is in place.
-    in_place = in_place and gradient.dtype == dtype and type(gradient) is Tensor
-    if in_place and backend == "triton":
-        from gikernels.vocabulary import policy_loss_triton
-
-        return policy_loss_triton.scale_(gradient, factor)
-    # One dimension more than a number has, so that an fp32 factor is not rounded to bf16 first.
-    factor = factor.reshape((1,) * gradient.dim())
-    if in_place:
-        return torch.mul(gradient, factor, out=gradient)
-    return (gradient * factor).to(dtype)
-
-
-_op.register_autograd(_backward, setup_context=_setup)
+formed.register(_op, formed.Places(denom=6, bias=21, backend=24, wanted=25, gradients=2))
 
 
 # --- public -------------------------------------------------------------------------------------

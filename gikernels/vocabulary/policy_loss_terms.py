@@ -114,8 +114,3 @@ def active_rows(slope: Tensor, recipe: Recipe) -> Tensor:
     if recipe.entropy_coef or dispatch.capturing(slope):
         return torch.arange(len(slope), device=slope.device)
     return (slope != 0).nonzero().squeeze(1)
-
-
-def saved_dtype(weight: Tensor) -> torch.dtype:
-    """Of the gradient of the weight that waits for the backward."""
-    return torch.float32 if weight.dtype == torch.float16 else weight.dtype

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gikernels.backends.settings import workspace_for
+from gikernels.vocabulary.formed import saved_dtype
 from gikernels.vocabulary.head import (
     Head,
     RowStats,
@@ -21,7 +22,7 @@ from gikernels.vocabulary.head import (
     tile_stats_,
     view,
 )
-from gikernels.vocabulary.policy_loss_terms import Recipe, Tokens, active_rows, saved_dtype
+from gikernels.vocabulary.policy_loss_terms import Recipe, Tokens, active_rows
 
 
 def chunked(

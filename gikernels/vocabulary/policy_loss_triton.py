@@ -202,17 +202,13 @@ def chunked(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """Log-probabilities and entropies (N), and the gradients of hidden, weight and bias."""
-    (n, d), v, device = hidden.shape, len(head.weight), hidden.device
+    n, v, device = len(hidden), len(head.weight), hidden.device
     block = launch.blocks_for(hidden, head.weight)
     segment = block.cols // block.parts
     exps_dtype = torch.float32 if launch.scratch_dtype(hidden) == torch.float32 else torch.bfloat16
     tall, wide = _chunk_shape(n, v, workspace_for(device), exps_dtype.itemsize, block)
     exps = torch.empty(tall, wide, dtype=exps_dtype, device=device)[:, :v]
-    # One chunk gives dW in one product; several are added in fp32, and so is what is scaled later.
-    exact = tall < n or head.weight.dtype == torch.float16
-    dx = hidden.new_zeros(n, d, dtype=torch.float32) if wanted[0] else None
-    dw = None
-    db = hidden.new_zeros(v, dtype=torch.float32) if wanted[2] else None
+    sums = launch.Gradients(hidden, head.weight, -(-n // tall), wanted)
     logprobs, entropy = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(2))
     for rows in spans(n, tall):
         x, some = hidden[rows], tokens.rows(rows)
@@ -236,23 +232,10 @@ def chunked(
             ]
         )[:, source]
         dz = _dlogits(exps, hidden.dtype, peaks, source, some.rows(source), per_row, head, segment)
-        if dx is not None:
-            product = launch.new_product(dz, head.weight)
-            dx[rows.start + source] = product
         if len(source) < len(x):
             x = x[source]
-        if wanted[1] and dw is not None:
-            launch.add_product(dw, dz.T, x)
-        elif wanted[1] and exact:
-            dw = launch.new_product(dz.T, x)
-        elif wanted[1]:
-            dw = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
-            launch.write_product(dw, dz.T, x)
-        if db is not None:
-            db += dz.sum(0, dtype=torch.float32)
-    if wanted[1] and dw is None:  # no row has a gradient
-        dw = torch.zeros_like(head.weight, memory_format=torch.contiguous_format)
-    return logprobs, entropy, [dx, dw, db]
+        sums.add(rows.start + source, x, dz)
+    return logprobs, entropy, sums.all()
 
 
 def _chunk_shape(

@@ -105,6 +105,47 @@ def policy(N, kept, active, V, D, dtype, bias, softcap, temperatures, workspace,
         loss.backward()
 
 
+def gather(N, K, V, D, dtype, bias, softcap, temperatures, workspace):
+    import gikernels
+
+    def some(*shape):
+        return torch.randn(shape).to(dtype).requires_grad_()
+
+    with gikernels.workspace(workspace):
+        gikernels.linear_gather_logprobs(
+            some(N, D),
+            some(V, D),
+            torch.randint(V, (N, K)),
+            torch.rand(N) + 1 if temperatures else 0.7,
+            bias=some(V) if bias else None,
+            softcap=30.0 if softcap else None,
+            backend="triton",
+        ).sum().backward()
+
+
+def divergence(N, kept, V, D, dtype, kind, bias, softcap, temperatures, workspace, forward):
+    import gikernels
+
+    def some(*shape):
+        return torch.randn(shape).to(dtype).requires_grad_(not forward)
+
+    with gikernels.workspace(workspace):
+        loss = gikernels.linear_divergence(
+            some(N, D),
+            some(V, D),
+            (some(N, D).detach(), some(V, D).detach()),
+            kind=kind,
+            mask=torch.arange(N) < kept,
+            denom=float(N),
+            temperature=torch.rand(N) + 1 if temperatures else 0.7,
+            bias=some(V) if bias else None,
+            softcap=30.0 if softcap else None,
+            backend="triton",
+        ).loss
+    if not forward:
+        loss.backward()
+
+
 def logits(N, V, dtype, softcap, ref, temperatures, strided, kept=False):
     import gikernels
 
@@ -223,6 +264,30 @@ AXES: dict[Callable, dict[str, tuple]] = {
         "frozen": BOTH,
         "kept": BOTH,
     },
+    gather: {
+        "N": SIZES,
+        "K": (5, 1, 16, 300),
+        "V": (*SIZES, 5000),
+        "D": (64, 1, 129),
+        "dtype": FLOATS,
+        "bias": BOTH,
+        "softcap": BOTH,
+        "temperatures": BOTH,
+        "workspace": (LARGE, SMALL),
+    },
+    divergence: {
+        "N": (897, 129, 16),
+        "kept": (897, 1, 16, 129),
+        "V": (*SIZES, 5000),
+        "D": (64, 1, 129),
+        "dtype": FLOATS,
+        "kind": ("reverse", "forward", "jsd"),
+        "bias": BOTH,
+        "softcap": BOTH,
+        "temperatures": BOTH,
+        "workspace": (LARGE, SMALL),
+        "forward": BOTH,
+    },
     logits: {
         "N": SIZES,
         "V": (*SIZES, 65536),
@@ -286,6 +351,18 @@ STEADY: list[tuple[Callable, dict[str, Any], dict[str, tuple]]] = [
     (
         policy,
         {"N": 897, "active": 897, "V": 897, "D": 64, "dtype": torch.bfloat16, "bias": False}
+        | {"softcap": False, "temperatures": False, "workspace": LARGE, "forward": False},
+        {"kept": (100, 1, 16, 129, 897)},
+    ),
+    (
+        gather,
+        {"V": 897, "D": 64, "dtype": torch.bfloat16, "bias": True, "softcap": False}
+        | {"temperatures": True, "workspace": LARGE},
+        {"N": (100, 1, 16, 129, 4096), "K": (5, 6, 8)},
+    ),
+    (
+        divergence,
+        {"N": 897, "V": 897, "D": 64, "dtype": torch.bfloat16, "kind": "jsd", "bias": False}
         | {"softcap": False, "temperatures": False, "workspace": LARGE, "forward": False},
         {"kept": (100, 1, 16, 129, 897)},
     ),

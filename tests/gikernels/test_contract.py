@@ -26,6 +26,10 @@ SIGNATURES = {
     "clip_high=0.2 dual_clip=None ref_logprobs=None kl_coef=0.0 kl_estimator=k3 entropy_coef=0.0 "
     "temperature=1.0 bias=None softcap=None logit_scale=1.0 support=None vocab_group=None "
     "backend=auto",
+    "linear_gather_logprobs": "hidden weight ids temperature=1.0 * bias=None softcap=None "
+    "logit_scale=1.0 backend=auto",
+    "linear_divergence": "hidden weight ref * kind=reverse mix=0.5 mask denom temperature=1.0 "
+    "bias=None softcap=None logit_scale=1.0 backend=auto",
     "kl_penalty": "logprobs ref_logprobs coef group_ids=None * estimator=k1",
     "gae": "rewards values mask * gamma=1.0 lam=0.95 last_values=None backend=auto",
     "experience": "logprobs ref_logprobs values scores mask kl_coef * gamma=1.0 lam=0.95 "

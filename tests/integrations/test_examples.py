@@ -25,6 +25,7 @@ def test_runs_as_a_script_of_at_most_60_lines(name, capsys):
 
 def test_all_are_there():
     assert NAMES == [
+        "distil",
         "draw_dataloader",
         "group_weights",
         "hf_logprobs",
@@ -32,6 +33,12 @@ def test_all_are_there():
         "ppo_step",
         "trl_grpo",
     ]
+
+
+@pytest.mark.parametrize("kind", ["reverse", "jsd"])
+def test_distillation_comes_closer(kind):
+    found = run("distil")["main"](16, kind)
+    assert sum(found[-3:]) < 0.8 * sum(found[:3])
 
 
 def test_ppo_step_learns():
