@@ -255,7 +255,10 @@ def linear_divergence(
     def kl(a: Tensor, b: Tensor) -> Tensor:
         return (a.exp() * (a - b).masked_fill(a == -torch.inf, 0)).sum(-1)
 
-    log_p, log_q = log_probs(hidden, weight, bias), log_probs(*(x.detach() for x in ref), None)
+    log_p, log_q = (
+        log_probs(hidden, weight, bias),
+        log_probs(ref[0].detach(), ref[1].detach(), None),
+    )
     if kind == "reverse":
         divergence = kl(log_p, log_q)
     elif kind == "forward":

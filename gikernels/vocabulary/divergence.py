@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gikernels.backends import checks, dispatch
 from gikernels.backends.settings import workspace_for
+from gikernels.backends.symbols import changing, settled
 from gikernels.reference import LossOut, stat_dtype
 from gikernels.vocabulary import formed
 from gikernels.vocabulary.head import (
@@ -197,8 +198,10 @@ def _op(
     mix: float,
     backend: str,
     wanted: list[bool],  # gradients of hidden, weight, bias
+    carried: Tensor | None = None,  # the numbers, where torch.compile knows them as symbols
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss (), and its gradients, empty where they are not wanted."""
+    softcap, logit_scale, mix = settled(carried, softcap, logit_scale, mix)
     dtype, kept = temperatures.dtype, Kept(mask)
     temperature = kept.pick(temperatures, 1)
     if hidden.device.type == "cpu" and (temperature <= 0).any():
@@ -231,7 +234,7 @@ def _op(
 @_op.register_fake
 def _(
     hidden, weight, ref_hidden, ref_weight, mask, denom, weights, temperatures, bias, softcap,
-    logit_scale, kind, mix, backend, wanted,
+    logit_scale, kind, mix, backend, wanted, carried=None,
 ):  # fmt: skip
     loss = hidden.new_empty((), dtype=temperatures.dtype)
     return loss, *formed.blanks(hidden, weight, temperatures.dtype, wanted)
@@ -284,6 +287,7 @@ def linear_divergence(
     softcap, logit_scale = transform_arguments(softcap, logit_scale)
     dtype = stat_dtype(hidden, weight)
     denom, weights = denominators(checks.denominator(denom, mask), mask, dtype)
+    carried, (softcap, logit_scale, mix) = changing(softcap, logit_scale, float(mix))
     grad = torch.is_grad_enabled()
     loss, *_ = _op(
         hidden,
@@ -298,8 +302,9 @@ def linear_divergence(
         softcap,
         logit_scale,
         kind,
-        float(mix),
+        mix,
         choose_backend(backend, hidden),
         [x is not None and grad and x.requires_grad for x in (hidden, weight, bias)],
+        carried,
     )
     return LossOut(loss, {"divergence": loss.detach()})

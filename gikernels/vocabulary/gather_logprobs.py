@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gikernels.backends import checks, dispatch
 from gikernels.backends.settings import workspace_for
+from gikernels.backends.symbols import changing, settled
 from gikernels.reference import stat_dtype
 from gikernels.vocabulary.head import (
     FLOOR,
@@ -178,8 +179,10 @@ def _op(
     softcap: float | None,
     logit_scale: float,
     backend: str,  # "reference" or "triton", as dispatch.choose returned it
+    carried: Tensor | None = None,  # the two numbers, where torch.compile knows them as symbols
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (N, K), and peak and total of each row (2, N) for the backward."""
+    softcap, logit_scale = settled(carried, softcap, logit_scale)
     given = ids >= 0
     if hidden.device.type == "cpu":
         _check_values(ids, temperatures, given, len(weight))
@@ -217,7 +220,7 @@ def _check_values(ids: Tensor, temperatures: Tensor, given: Tensor, v: int) -> N
 
 
 @_op.register_fake
-def _(hidden, weight, ids, temperatures, bias, softcap, logit_scale, backend):
+def _(hidden, weight, ids, temperatures, bias, softcap, logit_scale, backend, carried=None):
     return _outputs(hidden, ids, temperatures)
 
 
@@ -238,8 +241,10 @@ def _backward_op(
     logit_scale: float,
     backend: str,
     wanted: list[bool],  # gradients of hidden, weight, bias
+    carried: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; empty where they are not wanted."""
+    softcap, logit_scale = settled(carried, softcap, logit_scale)
     g = g.where(ids >= 0, 0)
     kept = Kept((g != 0).any(1))
     x, some, t = kept.pick(hidden), kept.pick(ids, -1), kept.pick(temperatures, 1)
@@ -250,15 +255,15 @@ def _backward_op(
     if backend == "triton":
         from gikernels.vocabulary import gather_logprobs_triton
 
-        found = gather_logprobs_triton.backward(*given)
+        dx, dw, db = gather_logprobs_triton.backward(*given)
     else:
-        found = _backward_chunked(*given)
+        dx, dw, db = _backward_chunked(*given)
     dhidden, dweight, dbias = _gradients(hidden, weight, bias, wanted)
-    if found[0] is not None:
-        dhidden.zero_()[kept.rows] = found[0].to(dhidden.dtype)
-    for out, x in ((dweight, found[1]), (dbias, found[2])):
-        if x is not None:
-            out.copy_(x) if len(kept) else out.zero_()
+    if dx is not None:
+        dhidden.zero_()[kept.rows] = dx.to(dhidden.dtype)
+    for out, found in ((dweight, dw), (dbias, db)):
+        if found is not None:
+            out.copy_(found) if len(kept) else out.zero_()
     return dhidden, dweight, dbias
 
 
@@ -275,24 +280,26 @@ def _gradients(
 @_backward_op.register_fake
 def _(
     g, logprobs, stats, hidden, weight, ids, temperatures, bias, softcap, logit_scale, backend,
-    wanted,
+    wanted, carried=None,
 ):  # fmt: skip
     return _gradients(hidden, weight, bias, wanted)
 
 
 def _setup(ctx, inputs, output):
-    hidden, weight, ids, temperatures, bias, *ctx.numbers = inputs
-    ctx.save_for_backward(*output, hidden, weight, ids, temperatures, bias)
+    *tensors, softcap, logit_scale, backend, carried = inputs
+    ctx.numbers = (softcap, logit_scale, backend)
+    ctx.save_for_backward(*output, *tensors, carried)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, g, _):
     if g is None:
-        return (None,) * 8
+        return (None,) * 9
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
-    gradients = _backward_op(g, *ctx.saved_tensors, *ctx.numbers, wanted)
+    *tensors, carried = ctx.saved_tensors
+    gradients = _backward_op(g, *tensors, *ctx.numbers, wanted, carried)
     dx, dw, db = (g if want else None for g, want in zip(gradients, wanted))
-    return dx, dw, None, None, db, None, None, None
+    return dx, dw, None, None, db, None, None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup)
@@ -330,6 +337,7 @@ def linear_gather_logprobs(
     hidden, weight, bias = head_arguments(hidden, weight, rows, bias)
     temperature, temperatures = temperature_arguments(temperature, rows)
     softcap, logit_scale = transform_arguments(softcap, logit_scale)
+    carried, (softcap, logit_scale) = changing(softcap, logit_scale)
     logprobs, _ = _op(
         hidden,
         weight,
@@ -339,5 +347,6 @@ def linear_gather_logprobs(
         softcap,
         logit_scale,
         choose_backend(backend, hidden),
+        carried,
     )
     return logprobs

@@ -76,6 +76,20 @@ CASES = {
         cap_low=0.1,
         cap_high=4.0,
     ),
+    "linear_gather_logprobs": Case(
+        lambda n: (*head(n)[:2], torch.arange(2 * n).view(n, 2) % V),
+        gk.linear_gather_logprobs,
+        **HEAD,
+    ),
+    "linear_divergence": Case(
+        lambda n: (*head(n), torch.arange(n) % 4 > 0),
+        lambda x, w, y, mask, **k: (
+            gk.linear_divergence(x, w, (x * 2, w), kind="jsd", mask=mask, **k).loss
+        ),
+        **HEAD,
+        denom=31.0,
+        mix=0.4,
+    ),
     "kl_penalty": Case(tokens, lambda a, b, c, m, coef: gk.kl_penalty(a, b, coef), coef=0.2),
     "gae": Case(
         padded, lambda r, _, v, s, m, **k: gk.gae(r, v, m, last_values=s, **k), gamma=0.99, lam=0.9
