@@ -17,7 +17,7 @@ from bench.gpu import variants as tuning
 from bench.gpu.record import Record, Red
 from bench.ops import cases, measure, memory, timing
 from bench.ops.calls import runner, upstream, with_leaves
-from bench.ops.cases import FORWARD, Case, Work
+from bench.ops.case import FORWARD, Case, Work
 from bench.ops.peers import Contender
 
 Result = tuple[list[dict], list[dict]]  # rows, and who is absent and why

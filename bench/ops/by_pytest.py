@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.ops import calls, cases
-from bench.ops.cases import Case
+from bench.ops.case import Case
 from bench.ops.peers import Contender
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

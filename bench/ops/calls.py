@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.ops.cases import BOTH, Case, Shape
+from bench.ops.case import BOTH, Case, Shape
 from bench.ops.peers import Contender, Inputs, Outputs
 
 EPS = 1e-6  # of the largest true value: what fp32 statistics owe nobody

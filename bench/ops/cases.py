@@ -13,72 +13,15 @@ written once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.ops import peers, peers_support, rows
-from bench.ops.peers import Contender, Inputs, Outputs
+from bench.ops.case import BOTH, FORWARD, Case, Shape, Work, copied, generator
+from bench.ops.peers import Inputs, Outputs
 from gikernels import reference
-
-Shape = dict[str, int]
-
-# What the work of a second is printed as.
-UNITS = {"FLOP": ("TFLOP/s", 1e12), "B": ("GB/s", 1e9), "value": ("Mvalue/s", 1e6)}
-FORWARD, BOTH = "forward", "forward + backward"
-
-
-class Work(NamedTuple):
-    """What a mode of a case has to do, and a bare loop of it to compare with in the same run."""
-
-    amount: float
-    unit: str  # of UNITS
-    formula: str
-    baseline_name: str
-    baseline: Callable[[Inputs], Callable[[], Any]]
-
-
-@dataclass(frozen=True)
-class Case:
-    op: str
-    shape: Shape
-    dtype: torch.dtype
-    inputs: Callable[[Shape, torch.dtype, torch.device], Inputs]
-    specification: Callable[[Inputs], Outputs]  # run in float64
-    leaves: tuple[str, ...]  # inputs that get a gradient
-    contenders: tuple[Contender, ...]
-    work: dict[str, Work]  # by mode
-    check_shape: Shape  # errors are measured there: float64 of the whole might not fit
-    # Of a head: its outputs from inputs, log-probabilities and entropies. With it errors can be
-    # measured at the full size, in parts (truth.py).
-    finish: Callable[[Inputs, Tensor, Tensor], Outputs] | None = None
-
-    @property
-    def label(self) -> str:
-        sizes = " ".join(f"{name}={size}" for name, size in self.shape.items())
-        return f"{self.op} {sizes} {str(self.dtype).removeprefix('torch.')}"
-
-    def contender(self, name: str) -> Contender:
-        return next(c for c in self.contenders if c.name == name)
-
-
-def generator(device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(0)
-
-
-def copied(size: float, formula: str) -> Work:
-    """So many bytes, read and written; the baseline is a plain copy of as many in all."""
-
-    def build(inputs: Inputs) -> Callable[[], Any]:
-        device = next(x.device for x in inputs.values() if isinstance(x, Tensor))
-        source = torch.zeros(max(1, int(size) // 8), dtype=torch.float32, device=device)
-        target = torch.empty_like(source)
-        return lambda: target.copy_(source)
-
-    return Work(size, "B", formula, "copy", build)
-
 
 # --- the products of a head ---------------------------------------------------------------------
 
@@ -243,42 +186,28 @@ def linear_policy_loss(size: str) -> Iterator[Case]:
         )
 
 
-def linear_gather_logprobs(size: str) -> Iterator[Case]:
-    """16 given tokens a row, as of a teacher's top-k."""
-
+def _head_case(op: str, parts: rows.Parts, both: tuple[int, int, int], size: str) -> Iterator[Case]:
     def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-        ids = torch.randint(
-            shape["V"], (shape["N"], 16), device=device, generator=generator(device)
-        )
-        return {**head_inputs(shape, dtype, device), "ids": ids}
-
-    def specification(i: Inputs) -> Outputs:
-        found = reference.linear_gather_logprobs(i["hidden"], i["weight"], i["ids"])
-        return {"logprobs": found}
+        return parts.more(head_inputs(shape, dtype, device), generator(device))
 
     for shape in HEADS[size]:
-        work = head_work(shape, {FORWARD: (1, 0, 0), BOTH: (2, 1, 1)})
-        yield Case("linear_gather_logprobs", shape, dtype_of(size), inputs, specification,
-                   ("hidden", "weight"), rows.GATHER, work,
-                   {**shape, "N": min(shape["N"], 128)})  # fmt: skip
+        forward = 1 if parts.again else both[0]
+        work = head_work(shape, {FORWARD: (forward, 0, 0), BOTH: both})
+        small = {**shape, "N": min(shape["N"], 128)}
+        leaves = ("hidden", "weight")
+        yield Case(
+            op, shape, dtype_of(size), inputs, parts.specified, leaves, parts.peers, work, small
+        )
+
+
+def linear_gather_logprobs(size: str) -> Iterator[Case]:
+    """16 given tokens a row, as of a teacher's top-k. The backward computes the logits again."""
+    return _head_case("linear_gather_logprobs", rows.GATHER, (2, 1, 1), size)
 
 
 def linear_divergence(size: str) -> Iterator[Case]:
-    """Jensen-Shannon, against a reference of the same size."""
-
-    def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-        given, rng = head_inputs(shape, dtype, device), generator(device)
-        noise = torch.randn(given["hidden"].shape, device=device, generator=rng)
-        mask = torch.rand(shape["N"], device=device, generator=rng) < 0.9
-        ref = (given["hidden"].float() + noise).to(dtype)
-        return {**given, "ref": (ref, given["weight"].clone()), "mask": mask, "denom": mask.sum()}
-
-    for shape in HEADS[size]:
-        # Two products of logits; the weight's and the hidden states' gradients.
-        work = head_work(shape, {FORWARD: (2, 0, 0), BOTH: (2, 1, 1)})
-        yield Case("linear_divergence", shape, dtype_of(size), inputs, rows.specified_divergence,
-                   ("hidden", "weight"), rows.DIVERGENCE, work,
-                   {**shape, "N": min(shape["N"], 128)})  # fmt: skip
+    """Jensen-Shannon, against a reference of the same size: two products of logits, once."""
+    return _head_case("linear_divergence", rows.DIVERGENCE, (2, 1, 1), size)
 
 
 # --- from logits --------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from bench.host.process import CLEAR
 from bench.ops import memory, peers, timing, truth
 from bench.ops.calls import errors, runner, within_bound
-from bench.ops.cases import BOTH, UNITS, Case, Work
+from bench.ops.case import BOTH, UNITS, Case, Work
 
 
 def reason(error: BaseException) -> str:

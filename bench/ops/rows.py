@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench.ops.peers import Contender, Inputs, Outputs, compiled, ours
 from gikernels import reference
+
+
+class Parts(NamedTuple):
+    """What a case is made of beside a head and hidden states."""
+
+    more: Callable[[Inputs, torch.Generator], Inputs]
+    specified: Callable[[Inputs], Outputs]
+    peers: tuple[Contender, ...]
+    again: bool  # whether the backward computes the logits again
+
+
+def gather_inputs(given: Inputs, rng: torch.Generator) -> Inputs:
+    n, v, device = len(given["hidden"]), len(given["weight"]), given["hidden"].device
+    return {**given, "ids": torch.randint(v, (n, 16), device=device, generator=rng)}
+
+
+def specified_gather(i: Inputs) -> Outputs:
+    return {"logprobs": reference.linear_gather_logprobs(i["hidden"], i["weight"], i["ids"])}
 
 
 def gikernels_gather(i: Inputs) -> Outputs:
@@ -24,11 +45,24 @@ def compiled_gather(i: Inputs) -> Outputs:
     return compiled(torch_gather, i["hidden"])(i)
 
 
-GATHER = (
-    Contender("gikernels", gikernels_gather),
-    Contender("torch", torch_gather),
-    Contender("torch.compile", compiled_gather),
+GATHER = Parts(
+    gather_inputs,
+    specified_gather,
+    (
+        Contender("gikernels", gikernels_gather),
+        Contender("torch", torch_gather),
+        Contender("torch.compile", compiled_gather),
+    ),
+    True,
 )
+
+
+def divergence_inputs(given: Inputs, rng: torch.Generator) -> Inputs:
+    x, w = given["hidden"], given["weight"]
+    noise = torch.randn(x.shape, device=x.device, generator=rng)
+    mask = torch.rand(len(x), device=x.device, generator=rng) < 0.9
+    ref = ((x.float() + noise).to(x.dtype), w.clone())
+    return {**given, "ref": ref, "mask": mask, "denom": mask.sum()}
 
 
 def gikernels_divergence(i: Inputs) -> Outputs:
@@ -64,8 +98,13 @@ def compiled_divergence(i: Inputs) -> Outputs:
     return compiled(torch_divergence, i["hidden"])(i)
 
 
-DIVERGENCE = (
-    Contender("gikernels", gikernels_divergence),
-    Contender("torch", torch_divergence),
-    Contender("torch.compile", compiled_divergence),
+DIVERGENCE = Parts(
+    divergence_inputs,
+    specified_divergence,
+    (
+        Contender("gikernels", gikernels_divergence),
+        Contender("torch", torch_divergence),
+        Contender("torch.compile", compiled_divergence),
+    ),
+    False,
 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.ops.calls import upstream, values_and_gradients
-from bench.ops.cases import Case
+from bench.ops.case import Case
 from bench.ops.peers import Contender, Inputs, Outputs
 
 CHUNK = 512  # rows of float64 logits at a time: 525 MB at a vocabulary of 128256
