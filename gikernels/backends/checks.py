@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_gradtrackingtensor
+from torch.autograd.forward_ad import unpack_dual
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -110,6 +112,16 @@ def is_dtensor(x: object) -> TypeGuard[DTensor]:
     return hasattr(x, "placements") and hasattr(x, "device_mesh")
 
 
+def rows_of_one_rank(**tensors: Tensor | None) -> None:
+    """Of sharded rows each rank has its own, and nothing here would gather or split them."""
+    for name, x in tensors.items():
+        if is_dtensor(x):
+            raise ValueError(
+                f"{name}: got a DTensor placed {x.placements}, want a plain tensor: "
+                f"{name}.to_local() where each rank has rows of its own, or {name}.full_tensor()"
+            )
+
+
 def not_sharded(name: str, x: Tensor) -> Tensor:
     """A DTensor head would be gathered piece by piece, or crash deep inside a kernel."""
     if is_dtensor(x):
@@ -134,6 +146,23 @@ def denominator(x: object, mask: Tensor) -> float | Tensor:
 def caps(cap_low: object, cap_high: object) -> None:
     low = number("cap_low", cap_low, at_least=0)
     number("cap_high", cap_high, at_least=low)
+
+
+def backward_only(**tensors: Tensor | None) -> None:
+    """An operation with a gradient and no tangent: forward-mode differentiation would take it for a
+    constant without a word, and torch.func.grad fail with words that name neither."""
+    if torch.compiler.is_compiling():
+        return
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f"{name}: got a tangent (jvp), want backward() and no other")
+        if is_gradtrackingtensor(x):
+            raise NotImplementedError(
+                f"{name}: got a tensor of torch.func.grad or vjp, want torch.autograd.grad or "
+                "backward()"
+            )
 
 
 def ids_within(name: str, ids: Tensor, count: int) -> None:

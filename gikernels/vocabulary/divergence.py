@@ -38,6 +38,7 @@ from gikernels.vocabulary.head import (
     spans,
     temperature_arguments,
     transform_arguments,
+    weighted_rows,
 )
 from gikernels.vocabulary.policy_loss_terms import denominators
 from gikernels.vocabulary.totals import Pair, merge_totals, row_temperatures, tile_total
@@ -170,7 +171,7 @@ def _add_gradients(
         elif dw is not None:  # the only chunk
             dw[cols] = dz.T @ scaled
         if db is not None:
-            db[cols].addmv_(dz.T, back)
+            db[cols] += weighted_rows(dz, back, dz)
     if dx is not None:
         dx.mul_(back.unsqueeze(1))
 

@@ -72,14 +72,32 @@ def register(op: Any, places: Places) -> None:
         if gradients is None:  # retain_graph: they were handed out, and are computed again
             gradients, in_place = op(*inputs)[places.gradients :], True
         factor = g_loss / inputs[places.denom] if hidden.dtype == torch.float16 else g_loss
+        once = torch.is_grad_enabled()  # create_graph: somebody may differentiate what leaves here
         out: list[Tensor | None] = [None] * len(inputs)
         at = (0, 1, places.bias)
         for i, x, gradient, yes in zip(at, (hidden, weight, bias), gradients, wanted):
             if yes:
-                out[i] = scaled(gradient, factor, x.dtype, in_place, backend)
+                gradient = scaled(gradient, factor, x.dtype, in_place, backend)
+                out[i] = Once.apply(gradient, x) if once else gradient
         return tuple(out)
 
     op.register_autograd(backward, setup_context=setup)
+
+
+class Once(torch.autograd.Function):
+    """A gradient of x as it is. It was formed in the forward, so nothing leads from it back to x,
+    and a penalty on it would have no gradient without a word: it raises."""
+
+    @staticmethod
+    def forward(ctx, gradient, x):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(
+            "the gradients of this loss were formed in its forward and cannot be differentiated "
+            "again; for a penalty on them take the function of its name in gikernels.reference"
+        )
 
 
 def scaled(

@@ -37,6 +37,7 @@ from gikernels.vocabulary.head import (
     temperature_arguments,
     tile_shape,
     transform_arguments,
+    weighted_rows,
 )
 from gikernels.vocabulary.totals import merge_totals, row_temperatures, tile_total
 
@@ -153,7 +154,8 @@ def _backward_chunked(
             if slab_dw is not None:
                 slab_dw.addmm_(z.T, x * back[rows].unsqueeze(1), beta=1 - first)
             if slab_db is not None:
-                slab_db.addmv_(z.T, back[rows], beta=1 - first)
+                part = weighted_rows(z, back[rows], z)
+                slab_db.copy_(part if first else slab_db + part)
         if dw is not None and slab_dw is not None:
             dw[cols] = slab_dw
         if db is not None and slab_db is not None:

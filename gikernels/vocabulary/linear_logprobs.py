@@ -47,6 +47,7 @@ from gikernels.vocabulary.head import (
     tile_stats_,
     transform_arguments,
     view,
+    weighted_rows,
 )
 from gikernels.vocabulary.linear_logprobs_parts import parts
 from gikernels.vocabulary.split import local_head
@@ -165,7 +166,8 @@ def _backward_chunked(
             if slab_dw is not None:
                 slab_dw.addmm_(tile.T, x * back[rows].unsqueeze(1), beta=int(rows.start > 0))
             if slab_db is not None:
-                slab_db.addmv_(tile.T, back[rows], beta=int(rows.start > 0))
+                part = weighted_rows(tile, back[rows], view(spare, rows, cols))
+                slab_db.copy_(part if rows.start == 0 else slab_db + part)
         if dw is not None and slab_dw is not None:
             dw[cols] = slab_dw  # rounds once; the same memory where the precision is the same
         if db is not None and slab_db is not None:
@@ -420,7 +422,6 @@ def linear_logprobs(
     softcap, logit_scale = transform_arguments(softcap, logit_scale)
     carried, (temperature, softcap, logit_scale) = changing(temperature, softcap, logit_scale)
     checks.whole("ignore_index", ignore_index, at_least=-(2**63))
-    chosen = choose_backend(backend, hidden)
     shape = targets.shape
     if targets.element_size() < 4:  # -100 is 156 to a uint8
         targets = targets.long()
@@ -437,6 +438,7 @@ def linear_logprobs(
         ref_weight,
         ignore_index,
     )
+    chosen = choose_backend(backend, hidden)
     offsets, ids = support_arguments(support, targets)
     if offsets is None and not group:
         logprobs, entropy, kl, _ = _op(*arguments, chosen, carried)

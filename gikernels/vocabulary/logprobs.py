@@ -252,6 +252,8 @@ def logprobs(
     checks.floats("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise checks.wrong("logits", logits, "shape (..., V) with V >= 1")
+    checks.backward_only(logits=logits)
+    checks.rows_of_one_rank(logits=logits, targets=targets, ref_logits=ref_logits)
     checks.shape("targets", checks.ints("targets", targets), logits.shape[:-1], "logits without V")
     temperatures = None
     if isinstance(temperature, Tensor):

@@ -21,6 +21,7 @@ from gikernels.vocabulary.head import (
     spans,
     tile_stats_,
     view,
+    weighted_rows,
 )
 from gikernels.vocabulary.policy_loss_terms import Recipe, Tokens, active_rows
 
@@ -121,6 +122,6 @@ def _add_gradients(
             else:  # the only chunk
                 dw[cols] = dz.T @ scaled
         if db is not None:
-            db[cols].addmv_(dz.T, back)
+            db[cols] += weighted_rows(dz, back, view(spare, slice(0, len(x)), cols))
     if dx is not None and all_dx is not None:
         all_dx[rows][active] = dx.mul_(back.unsqueeze(1))
