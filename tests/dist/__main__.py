@@ -129,7 +129,7 @@ def tried(wheel: Path, python: str, folder: Path) -> str:
     def there(*command: object) -> str:
         return run([folder / "env" / "bin" / str(command[0]), *command[1:]], empty, **bare)
 
-    pip = ("python", "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt")
+    pip = ("python", "-m", "pip", "install", "-q", "--no-compile", "-c", ROOT / "constraints.txt")
     there(*pip, wheel)
     wants("packages beside torch's and triton's own", there("python", "-c", STRANGERS), "")
     library = there("python", "-c", LIBRARY)

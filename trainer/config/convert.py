@@ -122,6 +122,8 @@ class Setting(NamedTuple):
     doc: str
     basic: bool
     result: bool
+    bounds: str
+    """In words; empty without any."""
 
     @property
     def section(self) -> type[Section] | None:
@@ -139,6 +141,7 @@ def fields_of(section: type[Section]) -> list[Setting]:
             each.metadata["doc"],
             each.metadata["basic"],
             each.metadata["result"],
+            each.metadata["bounds"],
         )
         for each in dataclasses.fields(section)
     ]

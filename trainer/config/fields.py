@@ -66,9 +66,11 @@ def key(
     too little. basic: most people who train something look at it. result: a change of it changes
     what comes out of a run, and not only its speed, its place, or what is kept.
     """
+    bounds = ""
     if any(bound is not None for bound in (low, above, high, below)):
         checks = (*checks, _bounds(low, above, high, below, want))
-    metadata = {"doc": doc, "checks": checks, "basic": basic, "result": result}
+        bounds = want or _in_words(low, above, high, below)
+    metadata = {"doc": doc, "checks": checks, "bounds": bounds, "basic": basic, "result": result}
     if isinstance(default, dict):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
