@@ -33,6 +33,8 @@ commands
   eval     score a model on the evaluation prompts, by domain and group
   report   write report.html and plots of a run; `gi report A B` compares runs
   watch    the same page on 127.0.0.1 while the run goes on, updated with each step; --port N
+  samples  answers of a run in the terminal: gi samples RUN [RUN] domain=sort group=0 score=..0.5
+           sort=lowest|highest|apart by=gold step=40 words=... count=10
   doctor   what this machine has, what is missing and how to get it; with --kernels: whether each
            operation computes right here; `gi doctor RUN`: whether all files of a run folder are
            what was written
@@ -51,7 +53,10 @@ gi train toy groups.beta=0 --output runs/b0    no variance term
 gi report runs/toy runs/b0                     the two side by side
 """
 STAGES = ("sft", "rm", "ppo", "metarm")
-COMMANDS = ("train", *STAGES, "eval", "report", "watch", "doctor", "keys")
+COMMANDS = ("train", *STAGES, "eval", "report", "watch", "samples", "doctor", "keys")
+
+
+OF_RUNS = ("report", "watch", "samples")
 
 
 class UsageError(ValueError):
@@ -99,7 +104,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         meant = settings.did_you_mean(args.command, COMMANDS)
         raise UsageError(f"{args.command}: no such command{meant}; want {', '.join(COMMANDS)}")
     if args.command not in ("doctor", "keys") and not args.config:
-        what = "run folders" if args.command in ("report", "watch") else "a configuration"
+        what = "run folders" if args.command in OF_RUNS else "a configuration"
         raise UsageError(f"{args.command} wants {what}, for example: gi {args.command} toy")
     return args
 
@@ -115,6 +120,12 @@ def _run(args: argparse.Namespace) -> int:
         return _keys(args.config)
     if args.command == "report":
         return _report([args.config, *args.rest], args.output)
+    if args.command == "samples":
+        from trainer.cli import samples
+
+        given = [args.config, *args.rest]
+        filters = [each for each in given if "=" in each and not Path(each).is_dir()]
+        return samples.show(_folders([each for each in given if each not in filters]), filters)
     if args.command == "watch":
         from trainer.cli import watch
 

@@ -20,7 +20,7 @@ from trainer import config as settings
 from trainer import parallel
 from trainer.cli.changes import ORDER, refuse_changes, write_settings
 from trainer.config import Config, ConfigError
-from trainer.runs import checkpoint, files, lock
+from trainer.runs import checkpoint, files, lock, sinks
 from trainer.runs.console import say
 from trainer.runs.folder import RunFolder
 from trainer.runs.names import one_line
@@ -179,6 +179,10 @@ def do_again(run: RunFolder, stages: Sequence[str]) -> None:
                 checkpoint.forget_here(each, stage)
                 if each is not run:
                     each.config.unlink(missing_ok=True)
+                    sinks.forget(each)
+            left = [stage for stage in ORDER if stage not in again]
+            if all(checkpoint.steps_done(run.checkpoints(stage)) is None for stage in left):
+                sinks.forget(run)
             run.begun.unlink()
             files.sync_folder(run.path)
     parallel.barrier()

@@ -18,6 +18,11 @@ OPTIONAL = {
     "flash_attn": ("flash-attn", "packed sequences on GPUs", "pip install flash-attn"),
     "tensorboard": ("TensorBoard", "trainer.log=[tensorboard]", "pip install tensorboard"),
     "wandb": ("Weights & Biases", "trainer.log=[wandb]", "pip install wandb"),
+    "trackio": (
+        "trackio",
+        "trainer.log=[trackio], a dashboard of this machine",
+        "pip install trackio",
+    ),
 }
 NEEDED = ("torch", "triton", "transformers", "tokenizers", "safetensors", "datasets", "matplotlib")
 

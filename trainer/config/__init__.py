@@ -13,7 +13,7 @@ from __future__ import annotations
 from trainer.config.convert import Setting, fields_of, flat
 from trainer.config.data import Columns, Data, Source, Sources
 from trainer.config.document import as_yaml, read
-from trainer.config.fields import ConfigError, Section, did_you_mean, key
+from trainer.config.fields import ConfigError, Section, did_you_mean, key, require
 from trainer.config.inputs import OPERATIONS, Model, Toy
 from trainer.config.policy import Groups, Kl, Ppo, Rollout
 from trainer.config.reader import find, load, packaged
@@ -61,4 +61,5 @@ __all__ = [
     "load",
     "packaged",
     "read",
+    "require",
 ]

@@ -121,9 +121,17 @@ class Trainer(Section, at="trainer"):
     )
     log: tuple[str, ...] = key(
         (),
-        "Beside metrics.jsonl: tensorboard, wandb.",
-        among(("tensorboard", "wandb")),
+        "Beside metrics.jsonl: tensorboard, wandb, trackio.",
+        among(("tensorboard", "wandb", "trackio")),
         result=False,
         basic=True,
     )
-    progress: bool = key(True, "Show progress bars (only ever on a terminal).", result=False)
+    log_project: str = key(
+        "gikernels", "What wandb and trackio file the run under.", filled("a name"), result=False
+    )
+    progress: bool = key(
+        True, "Show progress: a bar on a terminal, elsewhere a line now and then.", result=False
+    )
+    progress_seconds: float = key(
+        30.0, "Seconds between progress lines where there is no terminal.", low=0, result=False
+    )

@@ -26,6 +26,7 @@ from trainer.ppo.experience import Batch, assess, mean
 from trainer.ppo.forward import view
 from trainer.ppo.groups import Groups
 from trainer.ppo.update import groups_now, train_critic, train_policy
+from trainer.runs import utilisation
 from trainer.runs.averages import Averages, Timer
 from trainer.runs.console import say
 from trainer.runs.folder import RunFolder
@@ -118,6 +119,13 @@ class Ppo(Stage):
             "gap": "group/gap",
         }
         return {short: metrics[name] for short, name in names.items() if name in metrics}
+
+    def operations(self) -> float:
+        """Sampled by the policy, seen by everyone, and learnt from in every epoch."""
+        actors, scorer = self.t.actors, self.t.signals.scorer
+        seen = (actors.policy, actors.policy, actors.reference, actors.critic, scorer.model)
+        learnt = sum(map(utilisation.training, self.state.models.values()))
+        return sum(map(utilisation.forward, seen)) + self.config.ppo.ppo_epochs * learnt
 
     def look(self, log: MetricsLog) -> Metrics:
         done, every = self.state.step, self.config.eval.every

@@ -50,6 +50,11 @@ class RunFolder:
         """Tracebacks of what nobody had thought of."""
         return self.path / "errors.txt"
 
+    @property
+    def sinks(self) -> Path:
+        """What this run is called where its figures go beside metrics.jsonl."""
+        return self.path / ".sinks.json"
+
     def checkpoints(self, stage: str) -> Path:
         return self.path / "checkpoints" / stage
 

@@ -10,20 +10,18 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 from trainer import parallel
-from trainer.runs import files
+from trainer.runs import files, sinks
 from trainer.runs.console import say
 from trainer.runs.faults import RunError
 from trainer.runs.folder import RunFolder
 
-# Of a stage, a step, and its figures.
-Sink = Callable[[str, int, dict[str, float]], None]
 CHECKSUM = "crc32"
 
 
@@ -34,10 +32,18 @@ class MetricsLog:
     its last checkpoint is about to be written again.
     """
 
-    def __init__(self, run: RunFolder, stages: Iterable[str], done: int, sinks: Iterable[str]):
+    def __init__(
+        self,
+        run: RunFolder,
+        stages: Iterable[str],
+        done: int,
+        beside: Sequence[str] = (),
+        project: str = "",
+    ):
+        """`beside`: names of sinks, which file the run under `project`."""
         self.files: dict[str, TextIO] = {}
         self.run = run
-        self.writers: list[Sink] = []
+        self.sinks: list[sinks.Sink] = []
         if not parallel.is_main():
             return
         run.path.mkdir(parents=True, exist_ok=True)
@@ -50,21 +56,27 @@ class MetricsLog:
             ]
             files.write(path, "".join(map(sealed, kept)))
             self.files[name] = path.open("a")
-        self.writers = [_SINKS[name](run) for name in sinks]
+        self.sinks = sinks.of(run, beside, project)
+        for sink in self.sinks:
+            for stage in stages:
+                sink.begin(stage, done)
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float], **labels: str) -> None:
         if not parallel.is_main():
             return
         values = {name: plain(value) for name, value in metrics.items()}
         self._append("metrics", {"stage": stage, "step": step, **labels, **values})
-        for writer in self.writers:
-            writer(stage, step, {k: v for k, v in values.items() if v is not None})
+        for sink in self.sinks:
+            sink.write(stage, step, {k: v for k, v in values.items() if v is not None})
 
     def write_samples(self, stage: str, step: int, samples: Iterable[dict]) -> None:
-        if parallel.is_main():
-            for sample in samples:
-                values = {name: _without_nan(value) for name, value in sample.items()}
-                self._append("samples", {"stage": stage, "step": step, **values})
+        if not parallel.is_main():
+            return
+        rows = [{name: _without_nan(value) for name, value in row.items()} for row in samples]
+        for row in rows:
+            self._append("samples", {"stage": stage, "step": step, **row})
+        for sink in self.sinks:
+            sink.samples(stage, step, rows)
 
     def _append(self, name: str, line: dict) -> None:
         file = self.files[name]
@@ -162,34 +174,3 @@ def _opened(text: str) -> dict | None:
         return line
     body = text.rpartition(f', "{CHECKSUM}": ')[0]
     return line if said == f"{zlib.crc32(body.encode()):08x}" else None
-
-
-def _tensorboard(run: RunFolder) -> Sink:
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(run.path / "tensorboard")
-
-    def write(stage: str, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            writer.add_scalar(f"{stage}/{name}", value, step)
-        writer.flush()
-
-    return write
-
-
-def _wandb(run: RunFolder) -> Sink:
-    import wandb
-
-    session = wandb.init(project="gikernels", name=run.path.name, dir=run.path, resume="allow")
-    seen: set[str] = set()
-
-    def write(stage: str, step: int, values: dict[str, float]) -> None:
-        if stage not in seen:  # each stage counts its own steps
-            session.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
-            seen.add(stage)
-        session.log({f"{stage}/step": step, **{f"{stage}/{k}": v for k, v in values.items()}})
-
-    return write
-
-
-_SINKS = {"tensorboard": _tensorboard, "wandb": _wandb}

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 from trainer.config import Config
-from trainer.runs import files
+from trainer.runs import files, utilisation
 from trainer.runs.checkpoint import Checkpoints, finished, steps_in
 from trainer.runs.console import progress, say
 from trainer.runs.faults import Diverged, Guard, Stopped
@@ -53,6 +53,10 @@ class Stage:
         """After a step has been logged: an evaluation, where one is due."""
         return {}
 
+    def operations(self) -> float:
+        """Floating-point operations a token of a step; 0: not known."""
+        return sum(map(utilisation.training, self.state.models.values()))
+
     def save(self) -> None:
         """What the stage is for: its model."""
         raise NotImplementedError
@@ -70,12 +74,20 @@ def done(run: RunFolder, name: str, steps: int, resume: bool) -> bool:
     return False
 
 
+def log_of(config: Config, run: RunFolder, stages: tuple[str, ...], done: int) -> MetricsLog:
+    return MetricsLog(run, stages, done, config.trainer.log, config.trainer.log_project)
+
+
 def train(config: Config, run: RunFolder, stage: Stage, resume: bool) -> None:
-    state, show = stage.state, config.trainer.progress
+    state, settings = stage.state, config.trainer
+    peak = utilisation.peak_here(config.model.dtype)
+    operations = stage.operations() if peak else 0.0
     with (
         Checkpoints(config, run, stage.name, state, resume) as checkpoints,
-        MetricsLog(run, (stage.name, *stage.streams), state.step, config.trainer.log) as log,
-        progress(stage.name, stage.steps, state.step, show) as show_figures,
+        log_of(config, run, (stage.name, *stage.streams), state.step) as log,
+        progress(
+            stage.name, stage.steps, state.step, settings.progress, settings.progress_seconds
+        ) as show,
     ):
         with blame_divergence(run, stage):
             stage.begin(log)
@@ -84,8 +96,11 @@ def train(config: Config, run: RunFolder, stage: Stage, resume: bool) -> None:
                     metrics = stage.step(state.step)
                 state.step += 1
                 metrics["guard/skipped"] = stage.guard.skipped
+                speed = metrics.get("perf/tokens_per_second", 0.0)
+                if (used := utilisation.mfu(operations, speed, peak)) is not None:
+                    metrics["perf/mfu"] = used
                 log.write(stage.name, state.step, metrics)
-                show_figures(stage.headline(metrics))
+                show(stage.headline(metrics), metrics)
                 metrics |= stage.look(log)
                 checkpoints.after_step(log, metrics, stage.guard)
         checkpoints.refuse_runaways()

@@ -9,7 +9,7 @@ from trainer.rewards.scorer import Scorer
 from trainer.rollout.make import make_engine
 from trainer.runs.console import say
 from trainer.runs.folder import RunFolder
-from trainer.runs.log import MetricsLog
+from trainer.runs.loop import log_of
 
 
 def run(config: Config, run: RunFolder, resume: bool = False) -> None:
@@ -27,7 +27,7 @@ def run(config: Config, run: RunFolder, resume: bool = False) -> None:
     scorer = Scorer(config, tokenizer, *loading.load_scoring_model(config, run))
     metrics, samples = Evaluator(config, tokenizer, engine, scorer, reference)(policy)
     name = "policy" if made.is_dir() else sources.start_name(config)
-    log = MetricsLog(run, ("eval_only",), 0, config.trainer.log)
+    log = log_of(config, run, ("eval_only",), 0)
     log.write("eval_only", 0, metrics, policy=name)
     log.write_samples("eval_only", 0, few_of_each_domain(samples, config.eval.final_samples))
     log.close()

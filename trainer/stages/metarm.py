@@ -54,7 +54,7 @@ from trainer.runs.console import say
 from trainer.runs.faults import Guard
 from trainer.runs.folder import RunFolder
 from trainer.runs.log import MetricsLog
-from trainer.runs.loop import Metrics, Stage, train
+from trainer.runs.loop import Metrics, Stage, log_of, train
 from trainer.runs.optim import Optimizer
 from trainer.runs.state import TrainState
 from trainer.stages import reward_model
@@ -74,7 +74,7 @@ def run(config: Config, run: RunFolder, resume: bool = False) -> None:
         say("metarm is done")
         return
     t = Setup.of(config, run)
-    with MetricsLog(run, (STAGE,), done, config.trainer.log) as log:
+    with log_of(config, run, (STAGE,), done) as log:
         if done == 0:
             _, figures = judge(t, run.round(0), sample_test(t, t.sft))
             now = sample_test(t, str(run.round(0).model("policy")))

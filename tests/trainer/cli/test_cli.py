@@ -1,5 +1,6 @@
 """The command line: what is wrong costs one line and exit code 2, and writes nothing."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -69,6 +70,16 @@ def test_help_needs_no_heavy_import():
     assert "hh_8gpu" in done.stdout
 
 
+def test_a_sink_without_its_package(refused, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "wandb" else found(name, *rest),
+    )
+    refused("trainer.log=wandb: wandb is not installed", "train", "toy", "trainer.log=[wandb]")
+
+
 def test_python_m_trainer():
     done = python("-m", "trainer", "tarin", "toy")
     assert done.returncode == 2 and done.stdout == ""
@@ -95,7 +106,6 @@ def test_python_m_trainer():
         (["train", "toy", "data.prompts=no.jsonl"], "data.prompts: no.jsonl: no such file"),
         (["train", "toy", "rollout.stop=['']"], "rollout.stop: is ['']; want texts that are not e"),
         (["train", "toy", "ppo.importance_cap=0.5"], "ppo.importance_cap: is 0.5; want 1 or more"),
-        (["train", "toy", "trainer.log=[wandb]"], "trainer.log=wandb: wandb is not installed"),
         (["ppo", "toy"], "run stage sft first"),
         (["eval", "toy"], "run stage sft first"),
         (["report", "nowhere"], "nowhere: no run folder"),

@@ -515,13 +515,6 @@ def test_a_baseline_that_fails_is_told(fresh, monkeypatch):
         policy.run(config, run)
 
 
-def test_tensorboard_gets_every_figure(fresh):
-    pytest.importorskip("tensorboard")
-    config, run = fresh("ppo.steps=1", "trainer.log=[tensorboard]")
-    policy.run(config, run)
-    assert list((run.path / "tensorboard").glob("events.*"))
-
-
 def test_the_engine_rests_whenever_something_is_trained(fresh, monkeypatch):
     """After an evaluation, too: what it holds on to is memory that an update may need."""
     calls = []
