@@ -35,6 +35,8 @@ commands
   watch    the same page on 127.0.0.1 while the run goes on, updated with each step; --port N
   samples  answers of a run in the terminal: gi samples RUN [RUN] domain=sort group=0 score=..0.5
            sort=lowest|highest|apart by=gold step=40 words=... count=10
+  init     a commented config.yaml that fits: gi init --model M --data D [--gpus N] [--memory GIB]
+           [--output FILE] [section.key=value ...]; asks nothing that it can find out
   doctor   what this machine has, what is missing and how to get it; with --kernels: whether each
            operation computes right here; `gi doctor RUN`: whether all files of a run folder are
            what was written
@@ -53,7 +55,7 @@ gi train toy groups.beta=0 --output runs/b0    no variance term
 gi report runs/toy runs/b0                     the two side by side
 """
 STAGES = ("sft", "rm", "ppo", "metarm")
-COMMANDS = ("train", *STAGES, "eval", "report", "watch", "samples", "doctor", "keys")
+COMMANDS = ("train", *STAGES, "eval", "report", "watch", "samples", "init", "doctor", "keys")
 
 
 OF_RUNS = ("report", "watch", "samples")
@@ -99,11 +101,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--output", default="")
     parser.add_argument("--port", type=int, default=0)
+    for name, kind in (("model", str), ("data", str), ("gpus", int), ("memory", float)):
+        parser.add_argument(f"--{name}", type=kind)
     args = parser.parse_intermixed_args(arguments)
     if args.command not in COMMANDS:
         meant = settings.did_you_mean(args.command, COMMANDS)
         raise UsageError(f"{args.command}: no such command{meant}; want {', '.join(COMMANDS)}")
-    if args.command not in ("doctor", "keys") and not args.config:
+    if args.command not in ("doctor", "keys", "init") and not args.config:
         what = "run folders" if args.command in OF_RUNS else "a configuration"
         raise UsageError(f"{args.command} wants {what}, for example: gi {args.command} toy")
     return args
@@ -120,6 +124,8 @@ def _run(args: argparse.Namespace) -> int:
         return _keys(args.config)
     if args.command == "report":
         return _report([args.config, *args.rest], args.output)
+    if args.command == "init":
+        return _init(args)
     if args.command == "samples":
         from trainer.cli import samples
 
@@ -190,6 +196,16 @@ def _execute(
         from trainer import report
 
         say(f"report {report.write([run.path])}")
+
+
+def _init(args: argparse.Namespace) -> int:
+    for name, example in (("model", "Qwen/Qwen2.5-0.5B"), ("data", "pairs.jsonl")):
+        if not getattr(args, name):
+            raise UsageError(f"init wants --{name}, for example --{name} {example}")
+    from trainer.cli import init
+
+    overrides = [each for each in (args.config, *args.rest) if each]
+    return init.write(args.model, args.data, args.gpus, args.memory, args.output, overrides)
 
 
 def _report(names: list[str], output: str) -> int:

@@ -20,7 +20,7 @@ from trainer.config.reader import find, load, packaged
 from trainer.config.reasoning import Reasoning
 from trainer.config.rewards import NAMED, Reward, RewardFunction
 from trainer.config.run import STAGES, Eval, Run, Trainer
-from trainer.config.schema import BASELINE_SECTIONS, Config, differences
+from trainer.config.schema import BASELINE_SECTIONS, Config, differences, resolve
 from trainer.config.stages import MetaRm, Rm, Sft
 
 __all__ = [
@@ -62,4 +62,5 @@ __all__ = [
     "packaged",
     "read",
     "require",
+    "resolve",
 ]

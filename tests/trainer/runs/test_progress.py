@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tests.trainer import tiny
+from trainer.ppo.loop import Ppo
 from trainer.runs import console, log, utilisation
 from trainer.runs.folder import RunFolder
 from trainer.stages import sft
@@ -99,3 +100,13 @@ def test_a_run_logs_it_where_the_peak_is_known(tmp_path, monkeypatch, capsys):
     assert re.search(
         r"sft 2/2  loss [\d.]+  [\d,]+ tokens/s  MFU 0%  .* done in", capsys.readouterr().out
     )
+
+
+def test_operations_of_a_ppo_step(fresh):
+    config, run = fresh("ppo.ppo_epochs=3")
+    stage = Ppo(config, run)
+    actors, reward = stage.t.actors, stage.t.signals.scorer.model
+    policy, critic = (utilisation.forward(each) / 2 for each in (actors.policy, actors.critic))
+    assert policy > critic > utilisation.forward(reward) / 4 > 0
+    seen = 3 * policy + critic + utilisation.forward(reward) / 2  # sampled, looked at, held on to
+    assert stage.operations() == pytest.approx(2 * seen + 3 * 6 * (policy + critic))
