@@ -211,6 +211,7 @@ def text(
     import yaml
 
     values = dict(chosen)
+    reasons = WHY if found.held_out == found.source else {**WHY, "data.eval_prompts": "held out"}
     for each in overrides:
         key, _, value = each.partition("=")
         values[key] = yaml.safe_load(value)
@@ -225,7 +226,7 @@ def text(
         if mine:
             lines += ["", f"{section.name}:"]
         for key in mine:
-            why = WHY.get(key, "") if key in chosen and chosen[key] == values[key] else ""
+            why = reasons.get(key, "") if key in chosen and chosen[key] == values[key] else ""
             said = f"  {key.partition('.')[2]}: {settings.as_yaml(values[key])}"
             lines.append(f"{said:<44}  # {why}" if why else said)
     return "\n".join(lines) + "\n"
