@@ -432,6 +432,7 @@ def linear_experience(
     logit_scale: float = 1.0,
     ref: tuple[Tensor, Tensor] | None = None,
     ignore_index: int = -100,
+    support: Support | None = None,
     gamma: float = 1.0,
     lam: float = 0.95,
     estimator: str = "k1",
@@ -452,6 +453,7 @@ def linear_experience(
         logit_scale=logit_scale,
         ref=ref,
         ignore_index=ignore_index,
+        support=support,
     )
     lengths = cu_seqlens.diff()
     steps = torch.arange(int(lengths.max()) if len(lengths) else 0, device=hidden.device)

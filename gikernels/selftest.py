@@ -176,6 +176,8 @@ CASES = (
          gikernels.linear_divergence, reference.linear_divergence),
     Case("linear_experience", _TRITON, FLOATS, _packed, (),
          gikernels.linear_experience, reference.linear_experience),
+    Case("experience_support", _TRITON, FLOATS, lambda n: _with_support(_packed(n)), (),
+         gikernels.linear_experience, reference.linear_experience),
     Case("experience", ("triton", "cpp", "reference"), FLOATS[:1], _by_group, (),
          gikernels.experience, reference.experience),
     Case("gae", _TRITON, FLOATS[:1], _gae, (), gikernels.gae, reference.gae),

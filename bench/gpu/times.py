@@ -43,6 +43,7 @@ def times(record: Record, device: str) -> None:
         ("partition", (0, 1)),
         ("logprobs", (1, 2, 0)),
         ("group_advantages", (0,)),
+        ("linear_logprobs_support", (0,)),
     ):
         there = list(cases.OPS[op](size))
         for place in places if len(there) > 1 else (0,):

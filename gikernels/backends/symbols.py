@@ -46,6 +46,14 @@ def settled(carried: Tensor | None, *numbers: Number) -> list[Any]:
     return [x if x is None else y for x, y in zip(numbers, carried.tolist())]
 
 
+def as_tensors(device: torch.device, dtype: torch.dtype, *numbers: Number) -> list[Any]:
+    """For a composed formula: the numbers as they are, or, where one changes, all as tensors ()."""
+    carried, kept = changing(*numbers)
+    if carried is None:
+        return kept
+    return [x if x is None else y for x, y in zip(kept, carried.to(device, dtype).unbind())]
+
+
 def scalar(x: float, like: Tensor, dtype: torch.dtype) -> Tensor:
     """() on the device of `like`."""
     if torch.compiler.is_compiling():

@@ -6,14 +6,19 @@ has the algebra.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from gikernels.backends import checks
 from gikernels.backends.symbols import changing
-from gikernels.reference import Experience, Gae, TokenStats, kl_estimate, stat_dtype
+from gikernels.reference import Experience, Gae, Support, TokenStats, kl_estimate, stat_dtype
 from gikernels.sequence.experience_ops import experience_op, gae_op, normalize_op
 from gikernels.vocabulary.linear_logprobs import linear_logprobs
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 ESTIMATORS = ("k1", "k2", "k3")
 NORMS = ("none", "batch", "group")
@@ -237,6 +242,8 @@ def linear_experience(
     logit_scale: float = 1.0,
     ref: tuple[Tensor, Tensor] | None = None,
     ignore_index: int = -100,
+    support: Support | None = None,
+    vocab_group: ProcessGroup | None = None,
     gamma: float = 1.0,
     lam: float = 0.95,
     estimator: str = "k1",  # or k2, k3, exact
@@ -275,6 +282,8 @@ def linear_experience(
         logit_scale=logit_scale,
         ref=ref,
         ignore_index=ignore_index,
+        support=support,
+        vocab_group=vocab_group,
         backend=backend,
     )
     exact_kl = stats.kl.detach() if estimator == "exact" and stats.kl is not None else None

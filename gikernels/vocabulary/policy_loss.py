@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gikernels import reference
 from gikernels.backends import checks, dispatch
-from gikernels.backends.symbols import changing, settled
+from gikernels.backends.symbols import as_tensors, changing, scalar, settled
 from gikernels.reference import LossOut, Support, TokenStats, stat_dtype
 from gikernels.vocabulary import formed, policy_loss_torch
 from gikernels.vocabulary.formed import saved_dtype
@@ -233,12 +233,16 @@ def linear_policy_loss(
             bias, *head_numbers[1:], None, None, -100, offsets, ids, group,
             choose_backend(backend, hidden), carried,
         )  # fmt: skip
+        given = (clip_low, clip_high, dual_clip, cap_low, cap_high, kl_coef, entropy_coef)
+        clip_low, clip_high, dual_clip, cap_low, cap_high, kl_coef, entropy_coef = as_tensors(
+            hidden.device, dtype, *given
+        )
         return reference.policy_loss_of(
             TokenStats(logprobs, entropy, None),
             old_logprobs,
             advantages,
             mask=mask,
-            denom=denom.detach() if isinstance(denom, Tensor) else denom,
+            denom=denom.detach() if isinstance(denom, Tensor) else scalar(denom, hidden, dtype),
             loss=loss,
             clip_low=clip_low,
             clip_high=clip_high,

@@ -107,7 +107,6 @@ def _replicated(name: str, x: Tensor) -> Tensor:
 # --- communication ------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=64)
 def _group(name: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 

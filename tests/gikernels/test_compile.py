@@ -23,6 +23,14 @@ def head(n):
     return torch.randn(n, D, requires_grad=True), torch.randn(V, D), torch.arange(n) % V
 
 
+def kept(n):
+    """A head and two kept tokens a row, the target among them, but for an empty row."""
+    x, w, _ = head(n)
+    ends = (torch.arange(n + 1) - 1).clamp(min=0) * 2
+    tokens_kept = torch.arange(2 * n - 2) % V
+    return x, w, torch.cat([tokens_kept[:1], tokens_kept[::2]]), ends, tokens_kept
+
+
 def padded(s):
     """(S, T) log-probs, reference, values, scores (S) and mask."""
     mask = torch.arange(4) < torch.arange(s)[:, None] % 4 + 1
@@ -89,6 +97,32 @@ CASES = {
         **HEAD,
         denom=31.0,
         mix=0.4,
+    ),
+    "linear_logprobs, support": Case(
+        kept,
+        lambda x, w, y, *support, **k: gk.linear_logprobs(
+            x, w, y, support=gk.Support(*support), ref=(x * 2, w), **k
+        ),
+        **HEAD,
+    ),
+    "logprobs, support": Case(
+        lambda n: (torch.randn(n, V, requires_grad=True), *kept(n)[2:]),
+        lambda z, y, *support, **k: gk.logprobs(z, y, support=gk.Support(*support), **k),
+        **HEAD,
+    ),
+    "linear_policy_loss, support": Case(
+        lambda n: (*kept(n), *tokens(n)),
+        lambda x, w, y, ends, ids, old, a, ref, mask, **k: (
+            gk.linear_policy_loss(
+                x, w, y, old, a, ref_logprobs=ref, mask=mask, support=gk.Support(ends, ids), **k
+            ).loss
+        ),
+        **HEAD,
+        denom=31.0,
+        clip_low=0.2,
+        clip_high=0.3,
+        kl_coef=0.1,
+        entropy_coef=0.01,
     ),
     "kl_penalty": Case(tokens, lambda a, b, c, m, coef: gk.kl_penalty(a, b, coef), coef=0.2),
     "gae": Case(
@@ -251,7 +285,7 @@ def test_export(name):
 
     inputs = case.make(12)
     length = torch.export.Dim("length", min=2, max=1 << 20)
-    dims = {12: length, 13: length + 1, 36: 3 * length}
+    dims = {12: length, 13: length + 1, 22: 2 * length - 2, 36: 3 * length}
     shapes = tuple({0: dims[x.shape[0]]} if x.shape[0] in dims else None for x in inputs)
     program = torch.export.export(Module(), inputs, dynamic_shapes=(shapes,))
     other = case.make(17)

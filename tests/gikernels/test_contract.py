@@ -35,8 +35,9 @@ SIGNATURES = {
     "experience": "logprobs ref_logprobs values scores mask kl_coef * gamma=1.0 lam=0.95 "
     "estimator=k1 norm=none group_ids=None num_groups=None eps=1e-08 backend=auto",
     "linear_experience": "hidden weight targets cu_seqlens ref_logprobs values scores kl_coef * "
-    "temperature=1.0 bias=None softcap=None logit_scale=1.0 ref=None ignore_index=-100 gamma=1.0 "
-    "lam=0.95 estimator=k1 norm=none group_ids=None num_groups=None eps=1e-08 backend=auto",
+    "temperature=1.0 bias=None softcap=None logit_scale=1.0 ref=None ignore_index=-100 "
+    "support=None vocab_group=None gamma=1.0 lam=0.95 estimator=k1 norm=none group_ids=None "
+    "num_groups=None eps=1e-08 backend=auto",
     "group_stats": "values group_ids num_groups * weights=None backend=auto",
     "merge_stats": "a b",
     "group_advantages": "rewards group_ids num_groups * baseline=mean scale=std eps=1e-06",

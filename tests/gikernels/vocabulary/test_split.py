@@ -13,6 +13,8 @@ import pytest
 import torch
 
 import gikernels
+from bench.host.process import CLEAR
+from bench.ops.memory import here
 from gikernels import Support
 
 WORLD = 4
@@ -332,6 +334,28 @@ def check_other_rows_raise(groups, rank):
             statistics(q, (), vocab_group=group)
 
 
+def check_memory(groups, rank):
+    """Forward and backward take each of two ranks at most 0.6 of what the whole takes one."""
+    if groups["two"] is None or not CLEAR.exists():
+        return
+
+    def extra_memory(v, **extra):
+        g = torch.Generator().manual_seed(0)
+        hidden, weight = (torch.randn(n, 128, generator=g).requires_grad_() for n in (128, v))
+        targets = torch.randint(1000, (128,), generator=g)
+
+        def step():
+            stats = gikernels.linear_logprobs(hidden, weight, targets, **extra)
+            torch.autograd.grad(stats.logprobs.sum() + stats.entropy.sum(), [hidden, weight])
+
+        return here(step)
+
+    for v in (1000, 120_000):  # the first one loads what is loaded once
+        split = extra_memory(v // 2, vocab_group=groups["two"])
+        whole = extra_memory(v)
+    assert split <= 0.6 * whole, (split, whole)
+
+
 def check_targets_are_global(groups, rank):
     p, group = problem(), groups["two"]
     if group is None:
@@ -378,7 +402,7 @@ def reports(tmp_path_factory):
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(120)
+        process.join(400)
         process.kill()
     return folder
 

@@ -18,11 +18,6 @@ NAN, INF = float("nan"), float("inf")
 needs_triton = pytest.mark.skipif(not backends()["triton"], reason=backends()["triton"].reason)
 
 
-@pytest.fixture(params=["reference", pytest.param("triton", marks=needs_triton)])
-def backend(request):
-    return request.param
-
-
 def kept_ids(lengths, v, g):
     """A Support of so many ids a row, in no order."""
     ids = [torch.randperm(v, generator=g)[:k] for k in lengths]
@@ -131,10 +126,23 @@ EPS = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 @pytest.mark.parametrize("options", [PLAIN, {"bias": True, "ref": True}, MOST], ids=str)
 @pytest.mark.parametrize("dtype", EPS, ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_values_and_gradients(op, dtype, options, backend, device, poisoned_empty):
+def test_values_and_gradients(op, dtype, options, device, poisoned_empty):
     p = problem(device, dtype)
     with workspace(60_000):  # some chunks of rows
-        got = run(op, OPS[op][0], p, options, backend=backend)
+        got = run(op, OPS[op][0], p, options, backend="reference")
+    assert_as_good_as_plain(op, p, options, dtype, got)
+
+
+@needs_triton
+@pytest.mark.parametrize("op", OPS)
+def test_beside_kernels(op, device, poisoned_empty):
+    """Rows without a support are the kernels' own."""
+    p = problem(device, torch.float16, n=9, v=150)
+    got = run(op, OPS[op][0], p, MOST, backend="triton")
+    assert_as_good_as_plain(op, p, MOST, torch.float16, got)
+
+
+def assert_as_good_as_plain(op, p, options, dtype, got):
     want = run(op, OPS[op][1], exact(p), options)
     same = run(op, plain if op == "linear" else reference.logprobs, p, options)
     for name in want:
@@ -169,7 +177,7 @@ LOSS = {
 
 
 @pytest.mark.parametrize("options", LOSS.values(), ids=LOSS)
-def test_policy_loss(options, backend, device):
+def test_policy_loss(options, device):
     """Loss, metrics and gradients are the specification's."""
     p = problem(device)
     mask = p["targets"] != -100
@@ -185,7 +193,7 @@ def test_policy_loss(options, backend, device):
         ]
         q = q | dict(zip(("hidden", "weight", "bias"), leaves))
         rest = {k: q[k] if x is True else x for k, x in options.items()}
-        extra = {"backend": backend} if name == "ours" else {}
+        extra = {"backend": "reference"} if name == "ours" else {}
         loss, metrics = f(
             q["hidden"], q["weight"], q["targets"].clamp(min=0), q["old_logprobs"],
             q["advantages"], mask=mask, denom=20.0, support=q["support"], **rest, **extra,
@@ -197,16 +205,16 @@ def test_policy_loss(options, backend, device):
         torch.testing.assert_close(out["ours"][key].double(), want, rtol=2e-5, atol=2e-6)
 
 
-def test_as_if_there_were_none(backend, device):
+def test_as_if_there_were_none(device):
     """Empty rows alone are the whole vocabulary, and so are rows that list all of it."""
     p = problem(device)
     v = len(p["weight"])
     every = torch.arange(v, device=device).flip(0).repeat(len(p["targets"]))
     for op, (f, _) in OPS.items():
-        whole = run(op, f, p | {"support": None}, MOST, backend=backend)
+        whole = run(op, f, p | {"support": None}, MOST)
         for ids in (every[:0], every):
             offsets = torch.arange(len(p["targets"]) + 1, device=device) * (len(ids) // 23)
-            got = run(op, f, p | {"support": Support(offsets, ids.int())}, MOST, backend=backend)
+            got = run(op, f, p | {"support": Support(offsets, ids.int())}, MOST)
             for name in whole:
                 torch.testing.assert_close(got[name], whole[name], rtol=1e-4, atol=1e-5)
 
@@ -281,25 +289,25 @@ def test_what_is_allocated(kept, device):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_opcheck_and_compile(op, backend, device):
+def test_opcheck_and_compile(op, device):
     p = problem(device)
     if op == "linear":
         args = [
             p["hidden"].requires_grad_(), p["weight"].requires_grad_(), p["targets"], 1.0,
             p["temperature"], p["bias"].requires_grad_(), 4.0, 0.8, p["ref_hidden"],
-            p["ref_weight"], -100, *p["support"], "", backend,
+            p["ref_weight"], -100, *p["support"], "", "reference",
         ]  # fmt: skip
         custom = linear_logprobs_parts.parts
     else:
         args = [
             p["logits"].requires_grad_(), p["targets"], p["ref_logits"], p["temperature"], 1.0,
-            4.0, 0.8, -100, backend, *p["support"],
+            4.0, 0.8, -100, "reference", *p["support"],
         ]  # fmt: skip
         custom = logprobs_support.kept_logprobs
     torch.library.opcheck(custom, tuple(args))
 
     def f(q, support):
-        out = call(op, OPS[op][0], q | {"support": Support(*support)}, MOST, backend=backend)
+        out = call(op, OPS[op][0], q | {"support": Support(*support)}, MOST)
         return out.entropy.sum() + out.kl.sum()
 
     leaves = [p[k].requires_grad_() for k in LEAVES[op]]
