@@ -15,7 +15,12 @@ from contextlib import contextmanager
 
 import torch
 
+from gikernels.backends import checks
+
 MIB = 1 << 20
+
+# Below this a chunk is a few hundred numbers: at 1 byte, 300 rows of 3000 tokens took minutes.
+LEAST = 1 << 14
 
 # By device type; "cuda" stands for every device that is not a CPU, and while it is not said here,
 # the card decides.
@@ -25,7 +30,9 @@ workspace_bytes = {"cpu": 32 * MIB}
 def workspace_for(device: torch.device) -> int:
     """Bytes that an operation may use there beside its inputs, outputs and gradients."""
     kind = "cpu" if device.type == "cpu" else "cuda"
-    return workspace_bytes.get(kind) or _of_card(device)
+    if kind not in workspace_bytes:
+        return _of_card(device)
+    return checks.whole(f"workspace_bytes[{kind!r}]", workspace_bytes[kind], at_least=LEAST)
 
 
 def _of_card(device: torch.device) -> int:
@@ -40,7 +47,9 @@ def _of_card(device: torch.device) -> int:
 
 @contextmanager
 def workspace(size: int) -> Iterator[None]:
-    """Bytes of workspace on every device inside the block. It is global, not per thread."""
+    """Bytes of workspace on every device inside the block, at least 16 KiB. It is global, not per
+    thread."""
+    checks.whole("size", size, at_least=LEAST)
     kept = dict(workspace_bytes)
     workspace_bytes.update(cpu=size, cuda=size)
     try:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+BLOCK = 1 << 16  # numbers that are multiplied at once
+
 
 class Places(NamedTuple):
     """Of some arguments among an operation's; hidden and weight are the first two."""
@@ -113,5 +115,10 @@ def scaled(
     # One dimension more than a number has, so that an fp32 factor is not rounded to bf16 first.
     factor = factor.reshape((1,) * gradient.dim())
     if in_place:
-        return torch.mul(gradient, factor, out=gradient)
+        # PyTorch would make fp32 copies of all of a 16-bit gradient, which at a vocabulary of
+        # 151936 took more time and memory than the loss. A block of them stays in the cache.
+        step = max(1, BLOCK // max(1, gradient[:1].numel()))
+        for block in gradient.split(step) if gradient.dtype != factor.dtype else (gradient,):
+            torch.mul(block, factor, out=block)
+        return gradient
     return (gradient * factor).to(dtype)
