@@ -1,6 +1,8 @@
-"""TRL (tested with 1.16): our log-probability head, group-invariant weights, adaptive KL.
+"""TRL (tested with 1.16): our head, group-invariant weights, adaptive KL, prompts drawn by group.
 
-    trainer = GroupInvariantGRPOTrainer(..., invariance=GroupInvariance())  # not GRPOTrainer(...)
+    trainer = GroupInvariantGRPOTrainer(  # not GRPOTrainer(
+        ..., invariance=GroupInvariance(), draw=Drawing(rule="variance")
+    )
 
 or, to change only where the memory goes, the trainer that you have, built inside a block:
 
@@ -11,6 +13,7 @@ or, to change only where the memory goes, the trainer that you have, built insid
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -27,6 +30,7 @@ from gikernels.backends import checks
 from gikernels.integrations.huggingface import ABOUT_LABELS, CONFIG, LmHeadPatch, labels_by_name
 from gikernels.integrations.invariance import GroupInvariance, InferredGroups
 from gikernels.integrations.replace import replaced
+from gikernels.integrations.sampler import Drawing, GroupSampler, Repeated
 from gikernels.reference import stat_dtype
 
 # TRL's own, also where this module is imported inside a block.
@@ -185,13 +189,20 @@ class RowwiseBeta(float):
         return float(self) * scale * kl
 
 
+ROW = "draw_row"
+"""Column of the data set with each prompt's place in it, where prompts are drawn."""
+STATE = "draw.pt"
+"""Of a checkpoint: what is known of the prompts."""
+
 Trainer: Any = object  # to a type checker: whatever TRL's trainers have, the mixin has
 
 
 class GroupInvariantMixin(Trainer):
-    """For GRPOTrainer and RLOOTrainer: infers groups from each generation batch's rewards.
+    """For GRPOTrainer and RLOOTrainer: infers groups from each generation batch's rewards, and by
+    what groups score draws the next prompts.
 
-    `invariance=None` leaves TRL's algorithm as it is, and `fused_head=False` its head.
+    `invariance=None` and `draw=None` leave TRL's algorithm as it is, and `fused_head=False` its
+    head. `group_column` names a column with each prompt's group; without it groups are inferred.
 
     Rewards must be comparable across prompts. Those of verifiers are; those of a reward model
     carry an offset for each prompt, so give the data set a column with the mean reward of some
@@ -199,25 +210,75 @@ class GroupInvariantMixin(Trainer):
     """
 
     beta: float  # TRL's KL coefficient
+    train_dataset: Any
 
     def __init__(
         self,
         *args: Any,
         invariance: GroupInvariance | None = None,
         baseline_column: str | None = None,
+        draw: Drawing | None = None,
+        group_column: str | None = None,
         fused_head: bool = True,
         **kwargs: Any,
     ) -> None:
         self.invariance = invariance
+        self.draw, self.group_column = draw, group_column
+        self.sampler: GroupSampler | None = None
         self.baseline_column = baseline_column
         self.inferred: InferredGroups | None = None  # of the current generation batch, all ranks
         with patched() if fused_head else nullcontext():
             super().__init__(*args, **kwargs)
+        if draw is not None:
+            self._prepare_draw()
+
+    def _prepare_draw(self) -> None:
+        data, args = self.train_dataset, self.args
+        if not hasattr(data, "add_column"):
+            raise ValueError(f"train_dataset: got {type(data).__name__}, want a datasets.Dataset")
+        if args.dataloader_num_workers:
+            raise ValueError(
+                f"dataloader_num_workers: got {args.dataloader_num_workers}, want 0: workers fetch "
+                f"prompts before the rewards are known by which they are drawn"
+            )
+        if args.remove_unused_columns:
+            raise ValueError(f"remove_unused_columns: got True, want False, or {ROW} is lost")
+        if self.group_column is not None and self.group_column not in data.column_names:
+            raise ValueError(f"group_column: got {self.group_column!r}, not in {data.column_names}")
+        self.sampler = GroupSampler(
+            len(data),
+            args.generation_batch_size // self.num_generations,
+            groups=None if self.group_column is None else data[self.group_column],
+            seed=args.seed,
+            **vars(self.draw),
+        )
+        self.train_dataset = data.add_column(ROW, list(range(len(data))))
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        if self.sampler is None:
+            return super()._get_train_sampler(dataset)
+        times = self.num_iterations * self.args.steps_per_generation
+        return Repeated(self.sampler, each=self.num_generations, times=times)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.sampler is not None and self.args.should_save:  # all ranks know the same
+            torch.save(self.sampler.state_dict(), os.path.join(output_dir, STATE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.sampler is None or checkpoint is None:
+            return
+        path = os.path.join(checkpoint, STATE)
+        if not os.path.isfile(path):
+            raise ValueError(f"resume_from_checkpoint: no {path}; it was saved without draw=")
+        # Trainer starts the epoch again and skips the batches that it had.
+        self.sampler.load_state_dict(torch.load(path, weights_only=True), rewind=True)
 
     def _calculate_rewards(self, inputs: list[dict], *args: Any, **kwargs: Any) -> Tensor:
         """TRL gathers the rewards over ranks here; its KL penalty comes after."""
         rewards_per_func = super()._calculate_rewards(inputs, *args, **kwargs)  # (S, functions)
-        if self.invariance is None or not self.model.training:
+        if (self.invariance is None and self.sampler is None) or not self.model.training:
             return rewards_per_func
         weights = self.reward_weights.to(rewards_per_func)
         rewards = (rewards_per_func * weights).nansum(1)
@@ -225,6 +286,13 @@ class GroupInvariantMixin(Trainer):
         if self.baseline_column is not None:
             local = torch.tensor([float(x[self.baseline_column]) for x in inputs])
             rewards = rewards - self.accelerator.gather(local.to(rewards))
+        if self.sampler is not None:
+            local = torch.tensor([x[ROW] for x in inputs], device=rewards.device)
+            self.sampler.observe(self.accelerator.gather(local), rewards)
+            for name, value in self.sampler.metrics().items():
+                self._metrics["train"][name].append(value)
+        if self.invariance is None:
+            return rewards_per_func
         prompt_group = torch.arange(len(rewards), device=rewards.device) // self.num_generations
         self.inferred = self.invariance.infer(rewards, prompt_group)
         self.beta = RowwiseBeta(self.beta, self.inferred.kl_scale)  # RLOO penalises rewards
@@ -256,8 +324,8 @@ class GroupInvariantMixin(Trainer):
 
 
 class GroupInvariantGRPOTrainer(GroupInvariantMixin, GRPOTrainer):
-    """trl.GRPOTrainer with `invariance`, `baseline_column` and `fused_head`."""
+    """trl.GRPOTrainer with `invariance`, `draw` and the mixin's other settings."""
 
 
 class GroupInvariantRLOOTrainer(GroupInvariantMixin, RLOOTrainer):
-    """trl.RLOOTrainer with `invariance`, `baseline_column` and `fused_head`."""
+    """trl.RLOOTrainer with `invariance`, `draw` and the mixin's other settings."""

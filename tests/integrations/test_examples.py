@@ -31,6 +31,7 @@ def test_all_are_there():
         "hf_logprobs",
         "metarm_step",
         "ppo_step",
+        "trl_draw",
         "trl_grpo",
     ]
 
@@ -70,3 +71,8 @@ def test_draw_dataloader_draws_the_rare_hard_skill_more_often():
     main = run("draw_dataloader")["main"]
     even, none = main(rule="even"), main(rule="none")
     assert even["hard"] > 1.4 * none["hard"] and even["hard"] == min(even.values())
+
+
+def test_trl_draw_draws_the_rare_hard_domain_more_often():
+    logs = run("trl_draw")["main"](3)
+    assert len(logs) == 3 and logs[-1]["draw/3/rate"] > 1.2 * logs[-1]["draw/3/share"]
