@@ -18,7 +18,7 @@ def meta_ascent(
     *,
     normalise: bool = False,
 ) -> AbstractContextManager[None]:
-    """theta' = theta + lr * grad J inside the block, theta outside; METHODS B.
+    """theta' = theta + lr * grad J inside the block, theta outside (MetaRM).
 
         difference_objective(model(samples)).backward()
         with meta_ascent(model.parameters(), 5e-6):          # .grad is used up: None inside

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,7 @@ OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 IMAGES = (".png", ".svg")
 LINK = re.compile(r"(\]\(|src=\")(?!\w+:)([^)#\"\s]+)(#[^)\"\s]*)?([)\"])")
 NAMED = re.compile(r"(<mi>(?:log|tanh|exp|max|sg)</mi>)(?!<mo)")
+ELSEWHERE = re.compile(r"<(?:script|img|link|iframe)[^>]+(?:src|href)=\"?(?:https?:)?//[^\" >]*")
 FORMULA = re.compile(r"^\$\$\n(.*?)\n\$\$$", re.MULTILINE | re.DOTALL)
 
 
@@ -85,6 +87,13 @@ def on_page_markdown(markdown, page, config, files):
     if not page.file.generated_by:
         markdown = _moved(markdown, posixpath.join("docs", folder), uri)
     return FORMULA.sub(lambda found: _formula(found[1]), markdown)
+
+
+def on_post_build(config):
+    """Who reads a page is known to nobody else: nothing in it is loaded from elsewhere."""
+    for path in Path(config.site_dir).rglob("*.html"):
+        if found := ELSEWHERE.search(path.read_text()):
+            raise PluginError(f"{path} loads {found[0]}")
 
 
 def _formula(latex: str) -> str:

@@ -38,7 +38,7 @@ def families() -> dict[str, list[str]]:
 
 def first_line(name: str) -> str:
     text = inspect.getdoc(getattr(gikernels, name)) or ""
-    return " ".join(re.split(r"\n\s*\n|:\n", text)[0].split()).rstrip(":")
+    return " ".join(re.split(r"\n\s*\n|:\n", text)[0].split()).rstrip(":.")
 
 
 def operations_index() -> str:
@@ -53,7 +53,7 @@ def operations_index() -> str:
         "S sequences, T padded steps, N rows (flat tokens), D hidden, V vocabulary, G groups.",
     ]
     for title, names in families().items():
-        lines += ["", f"## {title}", "", "| | |", "|---|---|"]
+        lines += ["", f"## {title}", "", "| operation | what it gives |", "|---|---|"]
         lines += [f"| [`{name}`]({name}.md) | {_cell(first_line(name))} |" for name in names]
     lines += ["", "## What they return", ""]
     for name in gikernels.__all__:

@@ -190,7 +190,7 @@ def group_weights(
     clamp: tuple[float, float] = (0.0, 5.0),
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The weight of each sequence's policy gradient that asks for even groups (METHODS A.5):
+    """The weight of each sequence's policy gradient that asks for even groups:
 
         (1 - beta * probs @ (dVar/dR / mass)).clamp(*clamp)
 

@@ -181,7 +181,7 @@ def preference_loss(
 
 
 def difference_objective(rewards: Tensor) -> Tensor:  # (P, k), k samples of each prompt
-    """How far a reward model tells samples of one prompt apart, the J of MetaRM (METHODS B):
+    """How far a reward model tells samples of one prompt apart, the J of MetaRM:
 
     (2 / k ** 2) * sigmoid((r_i - r_j).abs()) summed over pairs i < j, the mean over prompts
     """
