@@ -135,7 +135,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.command == "watch":
         from trainer.cli import watch
 
-        return watch.serve(_folders([args.config, *args.rest]), args.port)
+        return watch.serve(_folders([args.config, *args.rest], "config.yaml"), args.port)
 
     overrides = list(args.rest)
     if args.output:
@@ -216,16 +216,17 @@ def _report(names: list[str], output: str) -> int:
     return 0
 
 
-def _folders(names: list[str]) -> list[Path]:
-    """Each name is a run folder, or a configuration whose folder it is."""
+def _folders(names: list[str], begun: str = "metrics.jsonl") -> list[Path]:
+    """Each name is a run folder, or a configuration whose folder it is. `begun`: the file that says
+    so."""
     folders = []
     for name in names:
         is_config = name in settings.packaged() or name.endswith((".yaml", ".yml"))
         folder = Path(name)
         if not folder.is_dir() and is_config:
             folder = Path(settings.load(name).run.output)
-        if not (folder / "metrics.jsonl").is_file():
-            raise UsageError(f"{name}: no run folder: {folder / 'metrics.jsonl'} is not there")
+        if not any((folder / each).is_file() for each in (begun, "metrics.jsonl")):
+            raise UsageError(f"{name}: no run folder: {folder / begun} is not there")
         folders.append(folder)
     return folders
 

@@ -117,9 +117,20 @@ def test_a_reader_takes_what_is_new(tmp_path):
     assert [line["step"] for line in reader.metrics(path)] == [9]
 
 
+def test_a_run_that_has_only_begun(tmp_path):
+    (tmp_path / "config.yaml").write_text("ppo: {steps: 4}\n")
+    watched = serve.Watched([tmp_path])
+    said = watched.document()
+    assert said["live"] == {"version": watched.version(), "running": False}
+    assert said["sections"] == [] and said["runs"][0]["settings"] == "ppo:\n  steps: 4\n"
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "ppo", "step": 1, "perf/step_seconds": 3}\n')
+    live = watched.document(said["live"]["version"])["live"]
+    assert (live["stage"], live["step"], live["steps"], live["seconds"]) == ("ppo", 1, 4, 3.0)
+
+
 def test_the_command_names_what_is_wrong(tmp_path, capsys):
     assert main(["watch", str(tmp_path)]) == 2
-    assert "metrics.jsonl is not there" in capsys.readouterr().err
+    assert "config.yaml is not there" in capsys.readouterr().err
     (tmp_path / "metrics.jsonl").touch()
     assert main(["watch", str(tmp_path), "--port", "70000"]) == 2
     assert "--port: is 70000" in capsys.readouterr().err
