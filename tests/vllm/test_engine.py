@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from trainer.batch.sequences import forward_all
 from trainer.models import loading
 from trainer.models.policy import Policy, log_probabilities
+from trainer.ppo.forward import answer_logprobs
 from trainer.rollout.engine import LogprobMismatch, check_logprobs
 from trainer.rollout.make import make_engine
 from trainer.rollout.vllm import Request
@@ -49,6 +50,22 @@ def difference(config, policy, engine, rollout, bound=1e-4):
         lambda part: (policy(part, ask).logprobs,), rollout.sequences, 10_000, (True,)
     )
     return check_logprobs(rollout, logprobs, bound, engine.synced)["rollout/logprob_diff_max"]
+
+
+@pytest.mark.parametrize("cut", ["rollout.top_p=0.9", "rollout.top_p=1"])
+def test_truncated_sampling_tells_what_it_could_have_sampled(setup, cut):
+    """Log-probabilities over the kept ids are vLLM's, to the bound that holds at top-p 1."""
+    config, policy, engine = setup(cut, "rollout.top_k=12")
+    rollout = generate(engine, samples=20)
+    support = rollout.support
+    assert len(support.offsets) == rollout.sequences.count + 1
+    sizes = support.offsets.diff()
+    assert sizes.min() >= 1 and sizes.max() <= 12
+    assert (sizes.min() < 12) == (cut == "rollout.top_p=0.9")
+    ours = answer_logprobs(config, policy, rollout)
+    assert check_logprobs(rollout, ours, 1e-4, engine.synced)["rollout/logprob_diff_max"] < 1e-4
+    with pytest.raises(LogprobMismatch):
+        difference(config, policy, engine, rollout)  # over the whole vocabulary
 
 
 def update(policy, seed):

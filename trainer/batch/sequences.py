@@ -119,7 +119,11 @@ class Sequences:
 
     def flat(self, index: Tensor) -> Tensor:
         """Where the answer tokens of some sequences stand among all flat ones; on the device."""
-        return on_device(ranges(self.answer_starts[index], self.answer_lengths[index]))
+        return on_device(self.places(index))
+
+    def places(self, index: Tensor) -> Tensor:
+        """The same, on the CPU."""
+        return ranges(self.answer_starts[index], self.answer_lengths[index])
 
     def sums(self, flat: Tensor) -> Tensor:
         """(n) -> (S): over each answer."""

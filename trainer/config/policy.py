@@ -22,10 +22,14 @@ class Rollout(Section, at="rollout"):
     )
     top_p: float = key(
         1.0,
-        "Held at 1: the log-probabilities must be those of the policy that sampled.",
-        low=1,
+        "Sample from the fewest tokens that have this probability together; log-probabilities "
+        "everywhere are those of what is left, renormalised.",
+        above=0,
         high=1,
-        want="1: with less, log-probabilities would not be those of the policy that sampled",
+        want="more than 0, at most 1 (off)",
+    )
+    top_k: int = key(
+        0, "And of those from the k most probable; 0: off.", low=0, want="0 (off) or more"
     )
     logprob_bound: float = key(
         1.0,
@@ -82,6 +86,17 @@ class Rollout(Section, at="rollout"):
             "temperature",
             "0.01 or more with engine=vllm, which would use 0.01 instead",
         )
+        self.require(
+            self.engine != "vllm" or self.top_p == 1 or self.top_k > 0,
+            "top_k",
+            "1 or more with engine=vllm and top_p < 1: it tells so many of the tokens that are "
+            "left; 512 seldom cuts any",
+        )
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens cannot be sampled."""
+        return self.top_p < 1 or self.top_k > 0
 
 
 @dataclass(frozen=True, kw_only=True)

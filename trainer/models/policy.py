@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import gikernels
-from gikernels import TokenStats
+from gikernels import Support, TokenStats
 from trainer.batch.sequences import Sequences
 from trainer.models.packing import run
 from trainer.models.saving import save_pretrained
@@ -43,9 +43,10 @@ Ask = Callable[[Tensor, Head, Tensor], Out]
 """hidden (n, D), the head, targets (n) -> whatever is asked."""
 
 
-def log_probabilities(temperature: float = 1.0) -> Ask[TokenStats]:
+def log_probabilities(temperature: float = 1.0, support: Support | None = None) -> Ask[TokenStats]:
+    """`support`: of these very answer tokens, on their device."""
     return lambda hidden, head, targets: gikernels.linear_logprobs(
-        hidden, head.weight, targets, temperature, **head.options
+        hidden, head.weight, targets, temperature, support=support, **head.options
     )
 
 

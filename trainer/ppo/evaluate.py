@@ -107,8 +107,8 @@ class Evaluator:
         sequences, truncated = rollout.sequences, rollout.truncated
         repeated = [p for p in prompts for _ in range(samples)]
         submitted = self.scorer.submit(repeated, sequences, truncated)
-        ours = answer_logprobs(config, policy, sequences)
-        theirs = answer_logprobs(config, self.reference, sequences)
+        ours = answer_logprobs(config, policy, rollout)
+        theirs = answer_logprobs(config, self.reference, rollout)
         bound = config.rollout.logprob_bound
         check_logprobs(rollout, ours, bound, self.engine.synced)
         logits = view(config, critic, sequences).group_logits

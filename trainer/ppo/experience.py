@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 import gikernels
-from gikernels import GroupStats
+from gikernels import GroupStats, Support
 from trainer import parallel
 from trainer.batch.sequences import Piece, Sequences, gathered, on_device
+from trainer.batch.support import here, of_rows
 from trainer.config import Config
 from trainer.models.policy import Head, Policy, log_probabilities
 from trainer.ppo.build import Setup
@@ -154,6 +155,7 @@ def experience(
                 t.actors.policy,
                 t.actors.reference,
                 sequences.rows(piece.rows),
+                here(of_rows(answers.rollout.support, sequences, piece.rows)),
                 values,
                 scores[rows],
                 penalty[rows],
@@ -182,6 +184,7 @@ def single_pass(
     policy: Policy,
     reference: Policy,
     part: Sequences,
+    support: Support | None,
     values: Tensor | None,
     scores: Tensor,
     kl_coef: Tensor,
@@ -193,7 +196,7 @@ def single_pass(
     temperature, exact = config.rollout.temperature, config.kl.estimator == "exact"
 
     def theirs(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return log_probabilities(temperature)(hidden, head, targets).logprobs, hidden
+        return log_probabilities(temperature, support)(hidden, head, targets).logprobs, hidden
 
     ref_logprobs, ref_hidden = reference(part, theirs)
 
@@ -212,6 +215,7 @@ def single_pass(
             temperature=temperature,
             ref=(ref_hidden, reference.head.weight) if exact else None,
             estimator=config.kl.estimator,
+            support=support,
             gamma=config.ppo.gamma,
             lam=config.ppo.lam,
             norm=norm,

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.batch.sequences import Sequences, forward_all
+from trainer.batch.sequences import Sequences, forward_all, gathered
+from trainer.batch.support import here, of_rows
 from trainer.config import Config
 from trainer.models.critic import Critic
 from trainer.models.policy import Policy, log_probabilities
@@ -36,11 +37,15 @@ def view(config: Config, critic: Critic | None, sequences: Sequences) -> View:
     return View(*forward_all(critic, sequences, budget, (True, False)))
 
 
-def answer_logprobs(config: Config, policy: Policy, sequences: Sequences) -> Tensor:  # (n)
-    ask = log_probabilities(config.rollout.temperature)
-    budget = config.trainer.tokens_per_microbatch
-    (out,) = forward_all(lambda part: (policy(part, ask).logprobs,), sequences, budget, (True,))
-    return out
+def answer_logprobs(config: Config, policy: Policy, rollout: Rollout) -> Tensor:  # (n)
+    """Of the distribution that the answers were sampled from, were it this policy's."""
+    sequences, parts = rollout.sequences, []
+    with torch.no_grad():
+        for piece in sequences.pieces(config.trainer.tokens_per_microbatch):
+            support = here(of_rows(rollout.support, sequences, piece.rows))
+            ask = log_probabilities(config.rollout.temperature, support)
+            parts.append((piece, policy(sequences.rows(piece.rows), ask).logprobs))
+        return gathered(sequences, parts, True)
 
 
 def check_engine(
@@ -49,10 +54,6 @@ def check_engine(
     """check_logprobs for rollouts whose log-probabilities nothing else computes: of the first
     answers."""
     rows = torch.arange(min(most, len(rollout.sequences)))
-    some = Rollout(
-        rollout.sequences.rows(rows),
-        rollout.truncated[: len(rows)],
-        rollout.logprobs[rollout.sequences.flat(rows)],
-    )
-    logprobs = answer_logprobs(config, policy, some.sequences)
+    some = rollout.rows(rows)
+    logprobs = answer_logprobs(config, policy, some)
     return check_logprobs(some, logprobs, config.rollout.logprob_bound, engine.synced)

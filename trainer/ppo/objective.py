@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import gikernels
-from gikernels import LossOut, reference
+from gikernels import LossOut, Support, reference
 from trainer.batch.sequences import Sequences, on_device
 from trainer.config import Config
 from trainer.models.policy import Ask, Head, log_probabilities
@@ -27,6 +27,7 @@ class Piece(NamedTuple):
     mask: Tensor  # all False where it only keeps other ranks company
     ref_logprobs: Tensor | None  # where the penalty stands in the loss
     kl_coef: Tensor | float
+    support: Support | None = None  # what the tokens could be sampled from; None: everything
 
 
 def objective(config: Config, whole: Sequences, piece: Piece) -> Ask[LossOut]:
@@ -55,6 +56,7 @@ def objective(config: Config, whole: Sequences, piece: Piece) -> Ask[LossOut]:
             kl_estimator=kl_estimator(config),
             entropy_coef=ppo.entropy_coef,
             temperature=config.rollout.temperature,
+            support=piece.support,
             **head.options,
         )
 
@@ -66,7 +68,7 @@ def of_answers(config: Config, whole: Sequences, piece: Piece) -> Ask[LossOut]:
     ppo, padded = config.ppo, piece.sequences.padded
 
     def ask(hidden: Tensor, head: Head, targets: Tensor) -> LossOut:
-        stats = log_probabilities(config.rollout.temperature)(hidden, head, targets)
+        stats = log_probabilities(config.rollout.temperature, piece.support)(hidden, head, targets)
         loss, metrics = gikernels.gspo_loss(
             padded(stats.logprobs),
             padded(piece.old_logprobs),

@@ -130,7 +130,7 @@ def key_of(config: Config, run: RunFolder) -> str:
         fingerprint(sources.reward_source(config, run), config) if reward.model_weight else None,
         [_identity(each) for each in reward.functions],
         (reward.model_weight, reward.truncated_penalty, config.groups.reference_answers),
-        (rollout.temperature, rollout.top_p, rollout.max_new_tokens, rollout.stop),
+        (rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, rollout.stop),
         (rollout.engine, config.model.dtype),
     ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]

@@ -15,6 +15,7 @@ import gikernels
 from trainer import parallel
 from trainer.batch.order import minibatches
 from trainer.batch.sequences import on_device
+from trainer.batch.support import here, of_rows
 from trainer.ppo.build import Setup
 from trainer.ppo.experience import Batch, explained_variance
 from trainer.ppo.objective import Piece, objective
@@ -98,6 +99,7 @@ def train_policy(t: Setup, step: int, batch: Batch, weights: Tensor, updates: Av
                     advantages.new_full(where.shape, bool(weight), dtype=torch.bool),
                     None if kl_coef is None else exp.ref_logprobs[where],
                     0.0 if kl_coef is None else kl_coef[where],
+                    here(of_rows(batch.answers.rollout.support, batch.sequences, chosen[rows])),
                 )
                 loss, figures = policy(rows_now, objective(config, part, piece))
                 told = {k: figures[k] for k in ("ratio", "clipfrac", "approxkl")}

@@ -5,9 +5,10 @@
     rollout = engine.generate(prompts, samples, draws)  # row i * samples + k: sample k of i
     engine.rest()                                           # the trainer wants the memory
 
-An engine samples from the policy itself (top-p 1, the config's temperature), stops after EOS or a
-stop text, and returns the log-probabilities it sampled with, which the trainer compares with its
-own after every sync. What differs by less than the bound, importance weights can make up for.
+An engine samples from the policy at the config's temperature, top-p and top-k, stops after EOS or a
+stop text, and returns the log-probabilities it sampled with and the tokens that it could have
+sampled. Over those the trainer renormalises, and it compares the log-probabilities with its own
+after every sync. What differs by less than the bound, importance weights can make up for.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gikernels import Support
 from trainer import parallel
 from trainer.batch.sequences import Sequences, on_device, ranges
+from trainer.batch.support import gathered as gathered_support
+from trainer.batch.support import joined, of_rows
 from trainer.models.policy import Policy
 
 
@@ -68,6 +72,7 @@ class Rollout:
     sequences: Sequences
     truncated: Tensor  # (S) bool: stopped at the length limit, without EOS or a stop text
     logprobs: Tensor  # (n) of the sampled tokens, as the engine saw them
+    support: Support | None = None  # of n tokens, on the CPU: what could be sampled; None: all
 
     @staticmethod
     def joined(parts: Sequence[Rollout]) -> Rollout:
@@ -75,13 +80,16 @@ class Rollout:
             Sequences.joined([part.sequences for part in parts]),
             torch.cat([part.truncated for part in parts]),
             torch.cat([part.logprobs for part in parts]),
+            joined([part.support for part in parts]),
         )
 
     def rows(self, index: Tensor) -> Rollout:
         """Some of the answers, in this order; `index` is on the CPU."""
-        where = self.sequences.flat(index)
         return Rollout(
-            self.sequences.rows(index), self.truncated[on_device(index)], self.logprobs[where]
+            self.sequences.rows(index),
+            self.truncated[on_device(index)],
+            self.logprobs[self.sequences.flat(index)],
+            of_rows(self.support, self.sequences, index),
         )
 
 
@@ -195,6 +203,7 @@ def gathered(
     logprobs: Tensor,  # (S, limit)
     lengths: Tensor,  # (S)
     truncated: Tensor,  # (S) 0 or 1
+    kept: tuple[Tensor, Tensor] | None = None,  # row * limit + step, and an id that could be there
 ) -> Rollout:
     """Every rank's answers, on every rank."""
     tokens, logprobs, lengths, truncated = (
@@ -205,4 +214,5 @@ def gathered(
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     sequences = Sequences.of(repeated, answers, shared=samples > 1)
     flat = on_device(ranges(torch.arange(len(sizes)) * tokens.shape[1], sizes))
-    return Rollout(sequences, truncated.bool(), logprobs.flatten()[flat])
+    support = None if kept is None else gathered_support(*kept)
+    return Rollout(sequences, truncated.bool(), logprobs.flatten()[flat], support)

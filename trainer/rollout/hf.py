@@ -63,18 +63,27 @@ class HuggingFaceEngine:
         tokens = torch.zeros(count, limit, dtype=torch.long, device=uniform.device)
         logprobs = uniform.new_zeros(count, limit)
         lengths, truncated = tokens.new_zeros(count), tokens.new_zeros(count)
+        keys: list[Tensor] = []
+        ids: list[Tensor] = []
         for start in range(batch * parallel.rank(), len(order), batch * ranks):
             here = order[start : start + batch]
             rows = torch.tensor([i * samples + k for i in here for k in range(samples)])
             rows = rows.to(uniform.device)
-            out = self._sample(policy, [prompts[i] for i in here], samples, uniform[rows])
+            *out, kept = self._sample(policy, [prompts[i] for i in here], samples, uniform[rows])
             tokens[rows], logprobs[rows], lengths[rows], truncated[rows] = out
-        return gathered(prompts, samples, tokens, logprobs, lengths, truncated)
+            keys += [(rows[row] * limit + step).cpu() for row, step, _ in kept]
+            ids += [each.int().cpu() for _, _, each in kept]
+        found = None
+        if self.truncates:
+            none = torch.zeros(0, dtype=torch.long)
+            found = torch.cat([none, *keys]), torch.cat([none.int(), *ids])
+        return gathered(prompts, samples, tokens, logprobs, lengths, truncated, found)
 
     def _sample(
         self, policy: Policy, prompts: list[list[int]], samples: int, uniform: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens and their log-probabilities (rows, limit), lengths and cut ones (rows)."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[tuple[Tensor, int, Tensor]]]:
+        """Tokens and their log-probabilities (rows, limit), lengths and cut ones (rows); and of
+        each step rows and ids that could be drawn there, where not every id could."""
         device = uniform.device
         longest = max(map(len, prompts))
         inputs = torch.tensor([[self.pad] * (longest - len(p)) + p for p in prompts], device=device)
@@ -97,8 +106,13 @@ class HuggingFaceEngine:
         cut = torch.ones_like(ends)
         alive = torch.arange(len(uniform), device=device)  # rows that are still being computed
         open_ = torch.ones(len(alive), dtype=torch.bool, device=device)  # of those, not yet ended
+        kept: list[tuple[Tensor, int, Tensor]] = []
         for step in range(uniform.shape[1]):
             z = policy.logits(hidden) / self.config.rollout.temperature
+            if self.truncates:
+                z = truncate(z, self.config.rollout.top_k, self.config.rollout.top_p)
+                row, token = ((z > -torch.inf) & open_.unsqueeze(1)).nonzero(as_tuple=True)
+                kept.append((alive[row], step, token))
             token, logprob = draw(z, uniform[alive, step])
             tokens[alive, step] = torch.where(open_, token, self.pad)
             logprobs[alive, step] = logprob.masked_fill(~open_, 0)
@@ -120,7 +134,11 @@ class HuggingFaceEngine:
             positions = (lengths + step).unsqueeze(1)
             visible = seen if padded else None
             hidden = last_state(policy, token.unsqueeze(1), visible, positions, cache)
-        return tokens, logprobs, ends, cut
+        return tokens, logprobs, ends, cut, kept
+
+    @property
+    def truncates(self) -> bool:
+        return self.config.rollout.truncates
 
     def _spells_a_stop(self, answers: Tensor) -> Tensor:  # (rows, steps) -> (rows) bool
         """Whether a stop text ends an answer so far. Its last tokens tell: one that adds a byte or
@@ -144,6 +162,19 @@ def last_state(
         use_cache=True,
     )
     return out.last_hidden_state[:, -1]
+
+
+def truncate(z: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits (rows, V), -inf but for the k largest, and of them for the fewest that have top_p
+    together: the order in which vLLM does it."""
+    if 0 < top_k < z.shape[1]:
+        z = z.masked_fill(z < z.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        largest, order = z.sort(descending=True, stable=True)
+        p = largest.softmax(-1)
+        enough = p.cumsum(-1) - p >= top_p  # without this one
+        z = z.masked_fill(torch.zeros_like(enough).scatter(1, order, enough), -torch.inf)
+    return z
 
 
 def draw(z: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

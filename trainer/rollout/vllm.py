@@ -19,6 +19,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
 
 TESTED = "0.32.0"
+TIES = 8
 
 
 class EngineFailed(RunError):
@@ -57,6 +59,7 @@ class Answer:
     tokens: list[int]  # with what ended it
     logprobs: list[float]
     truncated: bool
+    kept: list[list[int]] | None  # of each token: what could be sampled; None: everything
 
 
 def some_seeds(count: int, generator: torch.Generator) -> Tensor:
@@ -136,6 +139,8 @@ class VllmEngine:
         tokens = torch.zeros(count, limit, dtype=torch.long)
         logprobs = torch.zeros(count, limit)
         lengths, truncated = tokens.new_zeros(count), tokens.new_zeros(count)
+        keys: list[int] = []
+        ids: list[int] = []
         # Each rank of an engine has all of its answers, and one of them tells.
         if self.place == 0:
             for row, answer in zip(rows, answers, strict=True):
@@ -143,6 +148,9 @@ class VllmEngine:
                 tokens[row, :length] = torch.tensor(answer.tokens)
                 logprobs[row, :length] = torch.tensor(answer.logprobs)
                 lengths[row], truncated[row] = length, answer.truncated
+                for step, kept in enumerate(answer.kept or ()):
+                    keys += [row * limit + step] * len(kept)
+                    ids += kept
         device = parallel.device()
         return gathered(
             prompts,
@@ -151,6 +159,9 @@ class VllmEngine:
             logprobs.to(device),
             lengths.to(device),
             truncated.to(device),
+            (torch.tensor(keys, dtype=torch.long), torch.tensor(ids, dtype=torch.int32))
+            if self.config.rollout.truncates
+            else None,
         )
 
     def _limit(self, prompt: list[int], vllm: Vllm) -> int:
@@ -230,8 +241,12 @@ class Vllm:
         from vllm import LLM, SamplingParams
 
         self.make_params = SamplingParams
-        self.stop, self.temperature = list(rollout.stop), rollout.temperature
+        self.stop, self.rollout = list(rollout.stop), rollout
         shape = policy.model.config.get_text_config()
+        # What it tells of the tokens that are left: so many of the most probable ones. Where some
+        # are equally probable it keeps more than top_k.
+        self.told = min(rollout.top_k + TIES, shape.vocab_size) if rollout.truncates else 0
+        self.vocab = shape.vocab_size
         self.longest = config.data.max_prompt_tokens + rollout.max_new_tokens
         self.longest = min(self.longest, getattr(shape, "max_position_embeddings", self.longest))
         self.can_sleep, self.asleep = self.on_gpu and rollout.sleep, False
@@ -250,6 +265,7 @@ class Vllm:
             "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from
             "max_model_len": self.longest,
             "max_num_seqs": rollout.max_num_seqs,
+            "max_logprobs": max(20, self.told),
             "enable_prefix_caching": True,
             "tensor_parallel_size": rollout.tensor_parallel,
             "seed": config.run.seed,
@@ -301,10 +317,12 @@ class Vllm:
     ) -> list[Answer]:
         params = [
             self.make_params(
-                temperature=self.temperature,
+                temperature=self.rollout.temperature,
+                top_p=self.rollout.top_p,
+                top_k=self.rollout.top_k,
                 max_tokens=each.limit,
                 seed=each.seed,
-                logprobs=0,  # of the sampled token alone
+                logprobs=self.told,  # 0: of the sampled token alone
                 stop_token_ids=eos,
                 ignore_eos=True,  # it is among them
                 stop=self.stop or None,
@@ -319,15 +337,22 @@ class Vllm:
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
-                    answers[int(output.request_id)] = _answer(output.outputs[0])
+                    answers[int(output.request_id)] = self._answer(output.outputs[0])
             heard()
         return [answers[number] for number in sorted(answers)]  # it numbers them as they come
 
-
-def _answer(output: CompletionOutput) -> Answer:
-    tokens = list(output.token_ids)
-    logprobs = [place[token].logprob for token, place in zip(tokens, output.logprobs, strict=True)]
-    return Answer(tokens, logprobs, output.finish_reason == "length")
+    def _answer(self, output: CompletionOutput) -> Answer:
+        tokens, places = list(output.token_ids), output.logprobs
+        logprobs = [place[token].logprob for token, place in zip(tokens, places, strict=True)]
+        kept = None
+        if self.told:
+            kept = [[t for t, told in place.items() if told.logprob > -inf] for place in places]
+            if self.told < self.vocab and max(map(len, kept)) >= self.told:
+                raise RuntimeError(
+                    f"it has sampled from more tokens than the {self.told} that it told: more than "
+                    f"{TIES} as probable as the last of rollout.top_k={self.rollout.top_k}"
+                )
+        return Answer(tokens, logprobs, output.finish_reason == "length", kept)
 
 
 def _repack_heads(model: torch.nn.Module) -> None:

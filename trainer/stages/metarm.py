@@ -349,7 +349,7 @@ def sample_test(t: Setup, policy: str) -> Answers:
     ours, theirs = (loading.load_policy(name, config) for name in (policy, t.sft))
     rollout = sample(t, ours, t.test_prompts, "test")
     sequences, prompts = rollout.sequences, [p for p in t.test_prompts for _ in range(k)]
-    shifted = answer_logprobs(config, ours, sequences) - answer_logprobs(config, theirs, sequences)
+    shifted = answer_logprobs(config, ours, rollout) - answer_logprobs(config, theirs, rollout)
     shift = config.metarm.prompts == "ood"
     by_program = make_judge(
         config, config.data.ood_prompts if shift else config.data.eval_prompts, t.tokenizer

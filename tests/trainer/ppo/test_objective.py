@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from gikernels import Support
 from tests.trainer import tiny
 from trainer.batch.sequences import Sequences
+from trainer.batch.support import of_rows
 from trainer.models import packing
 from trainer.models.policy import Policy
 from trainer.ppo import loop
@@ -22,10 +25,10 @@ LENGTHS = [3, 7, 1, 5]
 LIMIT, TEMPERATURE, ENTROPY, KL = 9, 0.8, 0.1, 0.3
 
 
-def naive(name, aggregate, z, targets, old, advantages, ref):
+def naive(name, aggregate, z, targets, old, advantages, ref, kept):
     """The loss of all answers, from their logits, one answer after the other."""
-    logp = (z / TEMPERATURE).log_softmax(-1)
-    entropy = -(logp.exp() * logp).sum(-1)
+    logp = (z / TEMPERATURE).masked_fill(~kept, -torch.inf).log_softmax(-1)
+    entropy = -(logp.exp() * logp.masked_fill(~kept, 0)).sum(-1)
     new, total = logp[torch.arange(len(targets)), targets], 0
     rows = [x.split(LENGTHS) for x in (new, entropy, old, advantages, ref)]
     for new_i, entropy_i, old_i, a, ref_i in zip(*rows):
@@ -51,8 +54,9 @@ def naive(name, aggregate, z, targets, old, advantages, ref):
 
 
 @pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
-@pytest.mark.parametrize("name", ["ppo", "gspo", "cispo"])
-def test_loss_and_gradient(name, aggregate, tmp_path):
+@pytest.mark.parametrize(("name", "top"), [("ppo", 0), ("gspo", 5), ("cispo", 5), ("ppo", 5)])
+def test_loss_and_gradient(name, top, aggregate, tmp_path):
+    """`top`: sampled from so many tokens, the policy's own and others."""
     config = tiny.config(
         tmp_path, f"ppo.loss={name}", f"ppo.aggregate={aggregate}", "ppo.clip_high=0.3",
         "ppo.advantages=group_norm", "ppo.samples_per_prompt=2", "ppo.gspo_clip=[0.1, 0.2]",
@@ -72,13 +76,19 @@ def test_loss_and_gradient(name, aggregate, tmp_path):
 
     with torch.no_grad():
         at_start = policy(sequences, logits)
-    logp = (at_start / TEMPERATURE).log_softmax(-1)
+    kept, support = torch.ones_like(at_start, dtype=torch.bool), None
+    if top:
+        ids = torch.stack([torch.randperm(40)[:top] for _ in range(n)])
+        ids[:, 0] = sequences.answer_tokens
+        kept = torch.zeros_like(kept).scatter(1, ids, True)
+        support = Support(F.pad(kept.sum(1).cumsum(0), (1, 0)), kept.nonzero()[:, 1])
+    logp = (at_start / TEMPERATURE).masked_fill(~kept, -torch.inf).log_softmax(-1)
     new = logp[torch.arange(n), sequences.answer_tokens]
     old, ref = (new + 0.3 * torch.randn(n) for _ in range(2))
     advantages = torch.randn(len(LENGTHS)).double().repeat_interleave(torch.tensor(LENGTHS))
 
     loss = naive(name, aggregate, policy(sequences, logits), sequences.answer_tokens, old,
-                 advantages, ref)  # fmt: skip
+                 advantages, ref, kept)  # fmt: skip
     want = torch.autograd.grad(loss, list(policy.parameters()))
 
     total = 0
@@ -87,7 +97,8 @@ def test_loss_and_gradient(name, aggregate, tmp_path):
         part = sequences.rows(torch.tensor(chosen))
         mask = torch.full(where.shape, alone)  # the last only keeps other ranks company
         piece = Piece(part, old[where], advantages[where], mask, ref[where],
-                      torch.full(where.shape, KL).double())  # fmt: skip
+                      torch.full(where.shape, KL).double(),
+                      of_rows(support, sequences, torch.tensor(chosen)))  # fmt: skip
         out = policy(part, objective(config, sequences, piece))
         assert out.metrics.keys() >= {"ratio", "clipfrac", "approxkl"}
         total = total + out.loss
@@ -95,6 +106,21 @@ def test_loss_and_gradient(name, aggregate, tmp_path):
     got = torch.autograd.grad(total, list(policy.parameters()))
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b)
+
+
+def test_at_top_p_ratios_are_those_of_what_was_sampled(fresh):
+    """Before any update they are 1, the KL to the reference that the policy still is, 0, and the
+    engine's log-probabilities are the trainer's; with a plain penalty, in the loss, and exact."""
+    for more in ([], ["ppo.kl_in_loss=true"], ["kl.estimator=exact"]):
+        config, run = fresh(
+            "rollout.top_p=0.9", "rollout.logprob_bound=1e-3", "ppo.minibatches=1", "ppo.steps=1",
+            "groups.inference=none", "eval.every=0", "eval.samples_per_domain=1", *more,
+        )  # fmt: skip
+        loop.run(config, run)
+        (line,) = [x for x in read(run) if x["stage"] == "ppo"]
+        assert line["rollout/logprob_diff_max"] < 1e-4 and line["policy/grad_norm"] > 0
+        assert abs(line["policy/ratio"] - 1) < 1e-5 and abs(line["objective/kl"]) < 1e-4
+        assert line["policy/clipfrac"] == 0
 
 
 @pytest.mark.parametrize("name", ["gspo", "cispo"])

@@ -1,5 +1,7 @@
 """Sampling: the policy's own distribution, its log-probabilities, EOS, batching."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from trainer import parallel
 from trainer.batch.sequences import forward_all
 from trainer.models import loading
 from trainer.models.policy import log_probabilities
+from trainer.ppo.forward import answer_logprobs
 from trainer.rollout.engine import LogprobMismatch, check_logprobs, importance_weights
 from trainer.rollout.hf import draw
 from trainer.rollout.make import make_engine
@@ -175,6 +178,54 @@ def test_stop_texts_end_an_answer(setup):
     ask = log_probabilities()
     (ours,) = forward_all(lambda b: (policy(b, ask).logprobs,), rollout.sequences, 10_000, (True,))
     assert check_logprobs(rollout, ours, 1e-4)["rollout/logprob_diff_max"] < 1e-4
+
+
+TRUNCATED = ("rollout.top_p=0.8", "rollout.top_k=24", "rollout.temperature=0.9")
+
+
+def test_truncated_sampling_tells_what_it_could_have_sampled(setup):
+    config, _, policy, engine = setup(*TRUNCATED)
+    with torch.no_grad():
+        policy.head.weight.mul_(4)  # as sure of itself as a trained one
+    rollout = generate(engine, samples=20)
+    assert check_logprobs(rollout, answer_logprobs(config, policy, rollout), 1e-4)
+    sequences, support = rollout.sequences, rollout.support
+    assert len(support.offsets) == sequences.count + 1
+    kept = [set(ids.tolist()) for ids in support.ids.split(support.offsets.diff().tolist())]
+    assert all(int(token) in ids for token, ids in zip(sequences.answer_tokens, kept))
+    # by the plainest code there is
+    sizes = set()
+    for i in range(0, len(sequences), 7):
+        start, end = int(sequences.prompt_lengths[i]), int(sequences.lengths[i])
+        row = sequences.tokens[sequences.starts[i] : sequences.starts[i + 1]]
+        z = policy.model(row.unsqueeze(0)).logits[0].float() / 0.9
+        p = z[start - 1 : end - 1].softmax(-1)
+        for at, each in zip(sequences.places(torch.tensor([i])).tolist(), p):
+            by_size, total, want = each.sort(descending=True), 0.0, set()
+            largest = by_size.values[:24] / by_size.values[:24].sum()
+            for share, token in zip(largest.tolist(), by_size.indices.tolist()):
+                if total >= 0.8:
+                    break
+                total += share
+                want.add(token)
+            assert kept[at] == want
+            sizes.add(len(want))
+    assert len(sizes) > 1 and max(sizes) < 24
+    # without them half of all ratios are off
+    untold = dataclasses.replace(rollout, support=None)
+    assert (answer_logprobs(config, policy, untold) - rollout.logprobs).abs().max() > 0.1
+
+
+def test_what_could_be_sampled_follows_the_answers(setup):
+    """Batches of any size, some of the answers, rollouts joined: each token keeps its own."""
+    one, many = (generate(setup(*TRUNCATED, f"rollout.batch={n}")[3]) for n in (512, 3))
+    assert all(torch.equal(a, b) for a, b in zip(one.support, many.support))
+    some = one.rows(torch.tensor([7, 2]))
+    both = one.joined([one.rows(torch.tensor([7])), one.rows(torch.tensor([2]))])
+    assert all(torch.equal(a, b) for a, b in zip(some.support, both.support))
+    ids = one.support.ids.split(one.support.offsets.diff().tolist())
+    want = [ids[place] for row in (7, 2) for place in one.sequences.places(torch.tensor([row]))]
+    assert torch.equal(some.support.ids, torch.cat(want))
 
 
 @pytest.mark.parametrize("beyond", ["cap", "mask"])
