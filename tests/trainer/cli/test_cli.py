@@ -365,7 +365,7 @@ def test_a_stage_alone_and_an_evaluation_in_the_same_folder(trained, gi):
 
 
 def test_reports_of_one_run_and_of_two(trained, gi, tmp_path, monkeypatch):
-    monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: file.write(b"png"))
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: file.write_bytes(b"png"))
     code, out, _ = gi("report", trained)
     assert code == 0 and out.strip() == str(trained / "report.html")
     code, out, _ = gi("report", trained, trained, "--output", tmp_path / "both")
