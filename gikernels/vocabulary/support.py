@@ -177,10 +177,7 @@ def _chunks_of_head(
         product = vocab if whole else 2 * ids * depth
         return ids * id_bytes(dtype) + product * dtype.itemsize
 
-    budget = workspace_for(rows.device)
-    if rows.device.type == "cpu" and not whole:  # gathered rows stay in the cache
-        budget = min(budget, 4 << 20)
-    return chunks(sets, rows, row_bytes, budget, whole)
+    return chunks(sets, rows, row_bytes, workspace_for(rows.device), whole)
 
 
 # --- the arithmetic of a chunk ------------------------------------------------------------------
