@@ -37,6 +37,8 @@ commands
            sort=lowest|highest|apart by=gold step=40 words=... count=10
   init     a commented config.yaml that fits: gi init --model M --data D [--gpus N] [--memory GIB]
            [--output FILE] [section.key=value ...]; asks nothing that it can find out
+  export   a model that a run has made, as a folder for others: an adapter as PEFT reads it, or with
+           --merge in its base; `gi export RUN [policy|rm|sft] [--merge] [--dtype bf16]`
   doctor   what this machine has, what is missing and how to get it; with --kernels: whether each
            operation computes right here; `gi doctor RUN`: whether all files of a run folder are
            what was written
@@ -55,10 +57,21 @@ gi train toy groups.beta=0 --output runs/b0    no variance term
 gi report runs/toy runs/b0                     the two side by side
 """
 STAGES = ("sft", "rm", "ppo", "metarm")
-COMMANDS = ("train", *STAGES, "eval", "report", "watch", "samples", "init", "doctor", "keys")
+COMMANDS = (
+    "train",
+    *STAGES,
+    "eval",
+    "report",
+    "watch",
+    "samples",
+    "export",
+    "init",
+    "doctor",
+    "keys",
+)
 
 
-OF_RUNS = ("report", "watch", "samples")
+OF_RUNS = ("report", "watch", "samples", "export")
 
 
 class UsageError(ValueError):
@@ -103,6 +116,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=0)
     for name, kind in (("model", str), ("data", str), ("gpus", int), ("memory", float)):
         parser.add_argument(f"--{name}", type=kind)
+    parser.add_argument("--merge", action="store_true")
+    parser.add_argument("--dtype", default="")
     args = parser.parse_intermixed_args(arguments)
     if args.command not in COMMANDS:
         meant = settings.did_you_mean(args.command, COMMANDS)
@@ -122,6 +137,10 @@ def _run(args: argparse.Namespace) -> int:
         return doctor.kernels() if args.kernels else doctor.show()
     if args.command == "keys":
         return _keys(args.config)
+    if args.command == "export":
+        from trainer.cli import export
+
+        return export.run(args.config, args.rest, args.merge, args.dtype, args.output)
     if args.command == "report":
         return _report([args.config, *args.rest], args.output)
     if args.command == "init":

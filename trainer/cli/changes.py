@@ -14,7 +14,7 @@ from trainer.worlds import registry
 
 ORDER = ("sft", "rm", "ppo", "metarm")
 FIRST = {
-    **dict.fromkeys(("run", "model", "data", "toy", "sft"), "sft"),
+    **dict.fromkeys(("run", "model", "lora", "data", "toy", "sft"), "sft"),
     "rm": "rm",
     **dict.fromkeys(("rollout", "reward", "ppo", "groups", "kl", "eval"), "ppo"),
     **dict.fromkeys(("model.reward", "model.reference", "model.critic"), "ppo"),
@@ -34,6 +34,7 @@ HOW = (
     "model.gradient_checkpointing",
     "model.offload_reference",
     "metarm.rounds",
+    "lora.sync",
     *(f"rollout.{name}" for name in ("batch", "logprob_bound", "gpu_memory", "sleep", "timeout")),
     *(f"rollout.{name}" for name in ("cuda_graphs", "sync_bucket_mb", "tensor_parallel")),
 )

@@ -15,6 +15,7 @@ from trainer.config.data import Columns, Data, Source, Sources
 from trainer.config.document import as_yaml, read
 from trainer.config.fields import ConfigError, Section, did_you_mean, key, require
 from trainer.config.inputs import OPERATIONS, Model, Toy
+from trainer.config.lora import Lora
 from trainer.config.policy import Groups, Kl, Ppo, Rollout
 from trainer.config.reader import find, load, packaged
 from trainer.config.reasoning import Reasoning
@@ -35,6 +36,7 @@ __all__ = [
     "Eval",
     "Groups",
     "Kl",
+    "Lora",
     "MetaRm",
     "Model",
     "Ppo",

@@ -13,6 +13,7 @@ from trainer.config.data import Data
 from trainer.config.document import apply, dump, where_said
 from trainer.config.fields import ConfigError, Section, key, spelled
 from trainer.config.inputs import Model, Toy
+from trainer.config.lora import Lora
 from trainer.config.policy import Groups, Kl, Ppo, Rollout
 from trainer.config.reasoning import Reasoning
 from trainer.config.rewards import Reward
@@ -27,6 +28,7 @@ BASELINE_SECTIONS = ("reward", "rollout", "ppo", "groups", "kl")
 class Config(Section):
     run: Run = key(Run(), "The run as a whole.")
     model: Model = key(Model(), "Policy, reward model, critic.")
+    lora: Lora = key(Lora(), "Adapters on one frozen base, in place of all weights.")
     data: Data = key(Data(), "Where prompts, demonstrations and pairs come from.")
     toy: Toy = key(Toy(), "The built-in world of letters.")
     reasoning: Reasoning = key(Reasoning(), "The built-in world of problems with exact answers.")
@@ -97,6 +99,11 @@ class Config(Section):
             not (self.trainer.deterministic and self.rollout.engine == "vllm"),
             "rollout.engine",
             "hf with trainer.deterministic=true: vLLM promises no bits",
+        )
+        self.require(
+            self.lora.quantize == "none" or self.rollout.engine == "hf",
+            "rollout.engine",
+            "hf with lora.quantize=nf4: vLLM would sample from weights that are not quantised",
         )
         self.require(
             "metarm" not in self.run.stages or self.metarm.rounds > 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from trainer.batch.sequences import Sequences
+from trainer.models.backbone import ALONE, Through
 from trainer.models.packing import run
 
 
@@ -15,9 +16,16 @@ class Critic(nn.Module):
     the task) or at the last answer token (the paper; it judges the answer too).
     """
 
-    def __init__(self, body: nn.Module, hidden_size: int, num_groups: int, on: str) -> None:
+    def __init__(
+        self,
+        body: nn.Module,
+        hidden_size: int,
+        num_groups: int,
+        on: str,
+        through: Through = ALONE,
+    ) -> None:
         super().__init__()
-        self.body = body
+        self.body, self.through = body, through
         self.value_head = nn.Linear(hidden_size, 1)
         self.group_head = nn.Linear(hidden_size, num_groups)
         self.on = on
@@ -32,6 +40,9 @@ class Critic(nn.Module):
         return [self.value_head, self.group_head]
 
     def forward(self, sequences: Sequences) -> tuple[Tensor, Tensor]:  # (n), (s, M)
+        return self.through(lambda: self._values(sequences))
+
+    def _values(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         hidden, layout = run(self.body, sequences, last=self.on == "response")
         judged = hidden[layout.prompt_ends if self.on == "prompt" else layout.ends]
         dtype = self.value_head.weight.dtype

@@ -6,7 +6,9 @@ Rank 0 reads; the other ranks get their part from it.
 from __future__ import annotations
 
 import contextlib
-from typing import TypeVar
+import warnings
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +26,8 @@ from transformers import (
 from trainer import parallel
 from trainer.config import Config, ConfigError
 from trainer.data.encode import ready
+from trainer.models import adapters
+from trainer.models.backbone import import_peft
 from trainer.models.critic import Critic
 from trainer.models.packing import caps_attention, kernel, use_packed, why_not_packed
 from trainer.models.policy import Policy
@@ -67,13 +71,15 @@ def load_policy(
     source: str, config: Config, trained: bool = False, offload: bool = False
 ) -> Policy:
     """`offload`: weights wait in the CPU's memory and visit the GPU block by block."""
-    return prepare(_policy(source, config), config, trained, offload)
+    return prepare(Policy(causal(source, config, trained)), config, trained, offload)
 
 
-def _policy(source: str, config: Config) -> Policy:
+def causal(source: str, config: Config, trained: bool, **options: Any) -> PreTrainedModel:
+    """Masters in float32; what is not trained in the dtype of compute, from the start."""
+    dtype = torch.float32 if trained else parallel.compute_dtype(config)
     if registry.is_world(source):
-        return Policy(registry.base(source, config).model(config.run.seed))
-    return Policy(_load(AutoModelForCausalLM, source, config))
+        return registry.base(source, config).model(config.run.seed).to(dtype)
+    return load(AutoModelForCausalLM, source, config, dtype, **options)
 
 
 def load_reward_model(
@@ -85,10 +91,10 @@ def load_reward_model(
 ) -> RewardModel:
     """A reward model; or, from a causal language model's folder, one with a new score layer, which
     takes its pad token from the tokenizer."""
-    return prepare(_reward_model(source, config, head, tokenizer), config, trained)
+    return prepare(reward_model(source, config, head, tokenizer), config, trained)
 
 
-def _reward_model(
+def reward_model(
     source: str,
     config: Config,
     head: str | None = None,
@@ -99,7 +105,7 @@ def _reward_model(
         raise ConfigError(
             f"{source}: a reward model starts from the model of stage sft", "model.policy"
         )
-    model = _load(AutoModelForSequenceClassification, source, config, num_labels=1)
+    model = load(AutoModelForSequenceClassification, source, config)
     if tokenizer is not None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return RewardModel(model, head)
@@ -122,7 +128,7 @@ def make_critic(config: Config, run: RunFolder, policy: Policy, num_groups: int)
         return None
     source = config.model.critic
     if source == "reward" and config.reward.model_weight:
-        body = _reward_model(reward_source(config, run), config).model.base_model
+        body = reward_model(reward_source(config, run), config).model.base_model
         vocabulary = policy.model.get_input_embeddings().num_embeddings
         if body.get_input_embeddings().num_embeddings < vocabulary:
             raise ConfigError(
@@ -131,19 +137,25 @@ def make_critic(config: Config, run: RunFolder, policy: Policy, num_groups: int)
             )
     else:
         named = source not in ("reward", "policy")
-        body = _policy(source if named else policy_source(config, run), config).model.base_model
+        start = source if named else policy_source(config, run)
+        body = causal(start, config, trained=True).base_model
     torch.manual_seed(config.run.seed)  # the new heads' weights
     hidden_size = body.config.get_text_config().hidden_size
     return prepare(Critic(body, hidden_size, num_groups, config.groups.on), config, trained=True)
 
 
 def prepare(module: M, config: Config, trained: bool, offload: bool = False) -> M:
-    """The one place where a finished model meets the machine.
+    """The one place where a finished model meets the machine. Models come in eval mode; only an
+    update switches to train mode, which gradient checkpointing asks for."""
+    set_up(module, config)
+    if not trained:
+        parallel.in_compute_dtype(module.requires_grad_(False), config)
+    return parallel.place(module, config, offload).eval()
 
-    Dropout is off: it would make the log-probabilities of training and sampling those of two
-    different policies. Models come in eval mode; only an update switches to train mode, which
-    gradient checkpointing asks for.
-    """
+
+def set_up(module: nn.Module, config: Config) -> None:
+    """Dropout is off: it would make the log-probabilities of training and sampling those of two
+    different policies. Sequences are packed, activations recomputed, as the settings say."""
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
@@ -153,14 +165,8 @@ def prepare(module: M, config: Config, trained: bool, offload: bool = False) -> 
     if packs(model, config):
         use_packed(model)
     if config.model.gradient_checkpointing:
-        for part in module.modules():
-            if isinstance(part, PreTrainedModel):
-                enable = getattr(part, "activation_checkpointing_enable", None)  # its newer name
-                (enable or part.gradient_checkpointing_enable)()
-                break
-    if not trained:
-        parallel.in_compute_dtype(module.requires_grad_(False), config)
-    return parallel.place(module, config, offload).eval()
+        enable = getattr(model, "activation_checkpointing_enable", None)  # its newer name
+        (enable or model.gradient_checkpointing_enable)()
 
 
 def check_attention(config: Config) -> None:
@@ -225,33 +231,45 @@ def _class(model: PreTrainedModel) -> str:
     return type(model).__name__
 
 
-def _settings(source: str, config: Config, **options: int) -> PreTrainedConfig:
+def _settings(source: str, config: Config, **options: Any) -> PreTrainedConfig:
     code = config.model.trust_remote_code
+    if adapters.is_adapter(source) and not Path(source, "config.json").is_file():
+        source = adapters.base_of(source)  # PEFT's own folders have none
     return AutoConfig.from_pretrained(source, trust_remote_code=code, **options)
 
 
-def _load(
-    auto: Auto,
-    source: str,
-    config: Config,
-    **options: int,
+def load(
+    auto: Auto, source: str, config: Config, dtype: torch.dtype = torch.float32, **options: Any
 ) -> PreTrainedModel:
-    """Rank 0 reads the weights; the others build a model without storage and get theirs from it."""
+    """Rank 0 reads the weights; the others build a model without storage and get theirs from it.
+    An adapter comes merged into its base."""
+    labels = {"num_labels": 1} if auto is AutoModelForSequenceClassification else {}
     with quietly():
-        settings = _settings(source, config, **options)
+        settings = _settings(source, config, **labels)
         common = {
             "attn_implementation": implementation(settings, config),
             "trust_remote_code": config.model.trust_remote_code,
         }
-        if not parallel.is_main():
+        if not parallel.is_main() and not options:
             with torch.device("meta"):
-                model = auto.from_config(settings, dtype=torch.float32, **common)
+                model = auto.from_config(settings, dtype=dtype, **common)
             with contextlib.suppress(OSError):  # it says where answers end
                 model.generation_config = GenerationConfig.from_pretrained(source)
             return model
-        return auto.from_pretrained(
-            source,
-            dtype=torch.float32,  # the masters
-            **common,
-            **options,
-        )
+        own = adapters.base_of(source) if adapters.is_adapter(source) else source
+        model = auto.from_pretrained(own, dtype=dtype, **common, **labels, **options)
+        return model if own == source else _merged(model, source, own, settings)
+
+
+def _merged(
+    model: PreTrainedModel, source: str, own: str, settings: PreTrainedConfig
+) -> PreTrainedModel:
+    """A base with the adapter of a folder in it."""
+    adapters.refuse_other_base(source, adapters.Base(own, adapters.fingerprint(own)))
+    if adapters.untie(model, source):
+        settings.get_text_config().tie_word_embeddings = settings.tie_word_embeddings = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names in transformers that PEFT still uses
+        merged = import_peft().PeftModel.from_pretrained(model, source).merge_and_unload()
+    merged.config = settings
+    return merged

@@ -19,9 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import gikernels
 from gikernels import Support, TokenStats
+from gikernels.integrations.huggingface import linear_form
 from trainer.batch.sequences import Sequences
+from trainer.models.backbone import ALONE, Through
 from trainer.models.packing import run
-from trainer.models.saving import save_pretrained
+from trainer.models.saving import save
 
 
 class Head(NamedTuple):
@@ -51,9 +53,9 @@ def log_probabilities(temperature: float = 1.0, support: Support | None = None) 
 
 
 class Policy(nn.Module):
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, through: Through = ALONE) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.through = model, through
         config = model.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         # Cohere multiplies by logit_scale, Granite divides by logits_scaling.
@@ -62,12 +64,17 @@ class Policy(nn.Module):
         )
 
     def forward(self, sequences: Sequences, ask: Ask[Out]) -> Out:
-        hidden, layout = run(self.model.base_model, sequences)
-        return ask(hidden[layout.before_answer], self.linear_head, sequences.answer_tokens)
+        def do() -> Out:
+            hidden, layout = run(self.model.base_model, sequences)
+            hidden, head = self.linear_head(hidden[layout.before_answer])
+            return ask(hidden, head, sequences.answer_tokens)
+
+        return self.through(do)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V) float32, before the temperature: for sampling one token."""
-        weight, bias = self.head.weight, self.head.bias
+        """(..., D) -> (..., V) float32, before the temperature: for sampling one token, inside
+        `through`."""
+        hidden, (weight, bias, _, _) = self.linear_head(hidden)
         if hidden.is_cuda and hidden.dtype != torch.float32:  # products of half precision, summed
             z = torch.mm(hidden.flatten(0, -2), weight.t(), out_dtype=torch.float32)
             z = z.view(*hidden.shape[:-1], len(weight))
@@ -80,9 +87,10 @@ class Policy(nn.Module):
     def head(self) -> nn.Linear:
         return self.model.get_output_embeddings()
 
-    @property
-    def linear_head(self) -> Head:
-        return Head(self.head.weight, self.head.bias, self.softcap, self.logit_scale)
+    def linear_head(self, hidden: Tensor) -> tuple[Tensor, Head]:
+        """An adapter of the head makes it wider, and what goes into it as well."""
+        hidden, weight, bias = linear_form(self.head, hidden)
+        return hidden, Head(weight, bias, self.softcap, self.logit_scale)
 
     def save(self, path: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
-        save_pretrained(self.model, path, tokenizer, dtype)
+        save(self.model, self.through, path, tokenizer, dtype)

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.batch.sequences import Sequences, on_device
 from trainer.config import ConfigError
+from trainer.models.backbone import ALONE, Through
 from trainer.models.packing import grid_of, run
-from trainer.models.saving import save_pretrained
+from trainer.models.saving import save
 
 
 class RewardModel(nn.Module):
@@ -27,9 +25,11 @@ class RewardModel(nn.Module):
     Backbones without a per-token `score` layer (encoders) keep their own forward and are "last".
     """
 
-    def __init__(self, model: PreTrainedModel, head: str | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, head: str | None = None, through: Through = ALONE
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.through = model, through
         self.head = head or getattr(model.config, "reward_head", "last")
         model.config.reward_head = self.head
         if self.head == "pooled" and not hasattr(model, "score"):
@@ -43,6 +43,9 @@ class RewardModel(nn.Module):
         return [self.model.score] if hasattr(self.model, "score") else []
 
     def forward(self, sequences: Sequences) -> Tensor:  # (s)
+        return self.through(lambda: self._scores(sequences))
+
+    def _scores(self, sequences: Sequences) -> Tensor:
         if not hasattr(self.model, "score"):
             grid, _ = grid_of(sequences, last=True)
             places = torch.arange(grid.shape[1], device=grid.device)
@@ -57,4 +60,4 @@ class RewardModel(nn.Module):
         return sequences.sums(scores) / on_device(sequences.answer_lengths)
 
     def save(self, path: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
-        save_pretrained(self.model, path, tokenizer, dtype, self.heads)
+        save(self.model, self.through, path, tokenizer, dtype, self.heads)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -30,7 +30,9 @@ def shards(config: Config) -> bool:
     return world_size() > 1 or device().type == "cuda" or config.model.dtype != "float32"
 
 
-def place(module: M, config: Config, offload: bool = False) -> M:
+def place(
+    module: M, config: Config, offload: bool = False, beside: Iterable[nn.Parameter] = ()
+) -> M:
     """A finished model onto this rank's device, as its shard (FSDP2): one path for one rank and for
     many.
 
@@ -38,12 +40,14 @@ def place(module: M, config: Config, offload: bool = False) -> M:
     in that dtype. Small heads (`module.heads`) stay in float32. The model of rank 0 counts: its
     weights and buffers go to the others, which may have built theirs on the meta device. Buffers
     that no checkpoint holds, such as rotary frequencies, are among them: `to_empty` would leave
-    them uninitialised without a word. `offload`: shards wait in the CPU's memory.
+    them uninitialised without a word. `offload`: shards wait in the CPU's memory. `beside`: what
+    every rank keeps whole, adapters on a frozen base; on one rank there is then nothing to shard.
     """
     if config.model.compile:
         for block in blocks(module):
             block.compile()
-    if not shards(config):
+    kept = {*beside}
+    if not shards(config) or (kept and world_size() == 1):
         return module.to(device())
     join_alone()
     home, rests = device(), OffloadPolicy()
@@ -58,6 +62,7 @@ def place(module: M, config: Config, offload: bool = False) -> M:
             reshard_after_forward=True,
             mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
             offload_policy=rests,
+            ignored_params=kept,
         )
 
     weights = {name: p.detach() for name, p in module.named_parameters()} if is_main() else {}
@@ -81,14 +86,22 @@ def place(module: M, config: Config, offload: bool = False) -> M:
                 else torch.empty(p.shape, dtype=p.dtype, device=device())
             )
             torch.distributed.broadcast(full, 0)
-            assert isinstance(p, DTensor)
-            p.copy_(distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None))
+            if isinstance(p, DTensor):
+                full = distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
+            p.copy_(full)
         for part in module.modules():
             for name, buffer in part.named_buffers(recurse=False):
                 full = buffer.to(device())  # to stay, wherever the weights wait
                 torch.distributed.broadcast(full, 0)
                 part._buffers[name] = full
     return module
+
+
+def from_main(parameters: Iterable[Tensor]) -> None:
+    """Rank 0's, on all ranks."""
+    if world_size() > 1:
+        for p in parameters:
+            torch.distributed.broadcast(p.detach(), 0)
 
 
 def compute_dtype(config: Config) -> torch.dtype:

@@ -15,7 +15,7 @@ import hashlib
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -167,6 +167,21 @@ def all_sum(x: Tensor) -> Tensor:
     total = x.clone()
     torch.distributed.all_reduce(total)
     return total
+
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Of parameters that every rank has whole, in place and all at once; of shards FSDP does it."""
+    if world_size() == 1:
+        return
+    ours = [p for p in parameters if not isinstance(p, DTensor)]
+    if not ours:
+        return
+    flat = torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in ours]
+    )
+    torch.distributed.all_reduce(flat)
+    for p, total in zip(ours, flat.split([p.numel() for p in ours])):
+        p.grad = total.view_as(p).to(p.dtype)
 
 
 def all_ranks(x: Tensor) -> Tensor:

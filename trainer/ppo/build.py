@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trainer.batch.sequences import Sequences, forward_all
@@ -13,8 +13,10 @@ from trainer.batch.types import Prompt
 from trainer.config import Config
 from trainer.data.sources import load_prompts
 from trainer.models import loading, sources
+from trainer.models.backbone import base_of, state_of, trained
 from trainer.models.critic import Critic
 from trainer.models.policy import Policy
+from trainer.models.roles import Models, ppo_models
 from trainer.ppo.asked import Asked
 from trainer.ppo.evaluate import Evaluator
 from trainer.ppo.groups import Groups
@@ -45,29 +47,27 @@ class Actors:
     @staticmethod
     def of(
         config: Config,
-        run: RunFolder,
         tokenizer: PreTrainedTokenizerBase,
-        groups: Groups,
+        models: Models,
         guard: Guard,
     ) -> Actors:
-        policy = loading.load_policy(sources.policy_source(config, run), config, trained=True)
-        anchor, offload = sources.reference_source(config, run), config.model.offload_reference
-        reference = loading.load_policy(anchor, config, offload=offload)
-        critic = loading.make_critic(config, run, policy, groups.num)
+        policy, critic = models.policy, models.critic
         policy_optimizer = Optimizer.of(
-            config.ppo, [(config.ppo.lr, policy.parameters())], guard, "policy"
+            config.ppo, [(config.ppo.lr, trained(policy).values())], guard, "policy"
         )
         critic_optimizer = None
         if critic is not None:
-            values = [*critic.body.parameters(), *critic.value_head.parameters()]
-            head = critic.group_head.parameters()
+            rates: list[tuple[float, Iterable[nn.Parameter]]]
+            named = trained(critic)
+            head = [p for name, p in named.items() if name.startswith("group_head.")]
+            values = [p for name, p in named.items() if not name.startswith("group_head.")]
             rates = [(config.ppo.critic_lr, values), (config.groups.head_lr, head)]
             critic_optimizer = Optimizer.of(config.ppo, rates, guard, "critic")
         for optimizer in (policy_optimizer, critic_optimizer):
             if optimizer is not None:
                 optimizer.materialise()  # vLLM starts with the first sync
         engine = make_engine(config, tokenizer)
-        return Actors(policy.eval(), reference, critic, policy_optimizer, critic_optimizer, engine)
+        return Actors(policy, models.reference, critic, policy_optimizer, critic_optimizer, engine)
 
 
 @dataclass
@@ -100,10 +100,10 @@ class Setup:
         tokenizer = loading.load_tokenizer(sources.policy_source(config, run), config)
         prompts = load_prompts(config, "train", tokenizer)
         guard, groups = Guard(config.trainer.max_skipped), Groups(config, prompts)
-        actors = Actors.of(config, run, tokenizer, groups, guard)
-        reward, reward_tokenizer = loading.load_scoring_model(config, run)
+        models = ppo_models(config, run, groups.num)
+        actors = Actors.of(config, tokenizer, models, guard)
         signals = Signals(
-            scorer=Scorer(config, tokenizer, reward, reward_tokenizer),
+            scorer=Scorer(config, tokenizer, models.reward, models.reward_tokenizer),
             normaliser=Normaliser(config),
             groups=groups,
             reference_scores=ReferenceScores(config, run, prompts),
@@ -130,8 +130,9 @@ class Setup:
 
 def train_state(actors: Actors, signals: Signals, guard: Guard) -> TrainState:
     """All that the future of a run depends on."""
+    critic = actors.critic
     return TrainState(
-        {"policy": actors.policy, "critic": actors.critic},
+        {"policy": state_of(actors.policy), "critic": critic and state_of(critic)},
         {"policy": actors.policy_optimizer, "critic": actors.critic_optimizer},
         {
             "normaliser": signals.normaliser,
@@ -140,4 +141,5 @@ def train_state(actors: Actors, signals: Signals, guard: Guard) -> TrainState:
             "asked": signals.asked,
             "guard": guard,
         },
+        base=base_of(actors.policy),
     )

@@ -10,12 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trainer import parallel
 from trainer.batch.sequences import Sequences, forward_all, gathered
 from trainer.batch.support import here, of_rows
 from trainer.config import Config
+from trainer.models.backbone import Use, adapter_of
 from trainer.models.critic import Critic
 from trainer.models.policy import Policy, log_probabilities
-from trainer.rollout.engine import Engine, Rollout, check_logprobs
+from trainer.rollout.engine import MEAN, Engine, LogprobMismatch, Rollout, check_logprobs
+
+FARTHEST = 1e3
+"""That an adapter's weights are moved, for a proof."""
 
 
 class View(NamedTuple):
@@ -46,6 +51,42 @@ def answer_logprobs(config: Config, policy: Policy, rollout: Rollout) -> Tensor:
             ask = log_probabilities(config.rollout.temperature, support)
             parts.append((piece, policy(sequences.rows(piece.rows), ask).logprobs))
         return gathered(sequences, parts, True)
+
+
+def prove_adapter(config: Config, engine: Engine, policy: Policy, prompts: list[list[int]]) -> None:
+    """That an engine samples with the policy's adapter, where it has one.
+
+    As it begins an adapter adds nothing, so for many steps nobody would see one that never arrives
+    (verl#7495). Here it is moved far enough to be missed, sampled with, compared, and put back bit
+    for bit.
+    """
+    use = policy.through
+    if not isinstance(use, Use) or use.adapter is None:
+        return
+    own = adapter_of(policy.model, use.adapter)
+    before = {name: p.detach().clone() for name, p in own.items()}
+    limit = config.rollout.max_new_tokens
+    told = Sequences.of(prompts, [prompt[:limit] for prompt in prompts])
+    nothing = torch.zeros(told.count, device=parallel.device())
+    asked = Rollout(told, torch.zeros(len(told), dtype=torch.bool), nothing)
+    without = answer_logprobs(config, Policy(policy.model, Use(use.backbone, None)), asked)
+    far, size = 10 * MEAN * config.rollout.logprob_bound, 1e-3
+    try:
+        with torch.no_grad():
+            while float((answer_logprobs(config, policy, asked) - without).abs().mean()) < far:
+                size *= 2
+                for name, p in own.items():
+                    noise = torch.randn(p.shape, generator=parallel.generator("proof", name))
+                    p.copy_(before[name] + size * noise.to(p.device))
+                if size > FARTHEST:
+                    raise LogprobMismatch(f"an adapter of {len(own)} weights changes no answer")
+        engine.sync(policy)
+        rollout = engine.generate(prompts, 1, parallel.generator(config.run.seed, "proof"))
+        check_engine(config, engine, rollout, policy)
+    finally:
+        with torch.no_grad():
+            for name, p in own.items():
+                p.copy_(before[name])
 
 
 def check_engine(

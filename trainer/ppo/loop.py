@@ -23,7 +23,7 @@ from trainer.ppo.build import Setup
 from trainer.ppo.draw import draw, sample
 from trainer.ppo.evaluate import by_label, few_of_each_domain
 from trainer.ppo.experience import Batch, assess, mean
-from trainer.ppo.forward import view
+from trainer.ppo.forward import prove_adapter, view
 from trainer.ppo.groups import Groups
 from trainer.ppo.update import groups_now, train_critic, train_policy
 from trainer.runs import utilisation
@@ -32,6 +32,9 @@ from trainer.runs.console import say
 from trainer.runs.folder import RunFolder
 from trainer.runs.log import MetricsLog
 from trainer.runs.loop import Metrics, Stage, done, train
+
+PROOF = 8
+"""Prompts that a run begins by asking, to see whether its adapter is sampled with."""
 
 
 def run(config: Config, run: RunFolder, resume: bool = False) -> None:
@@ -104,6 +107,9 @@ class Ppo(Stage):
         say(f"ppo    {self.t.signals.groups.describe()}")
 
     def begin(self, log: MetricsLog) -> None:
+        t = self.t
+        some = [prompt.ids for prompt in t.prompts[:PROOF]]
+        prove_adapter(self.config, t.actors.engine, t.actors.policy, some)
         if self.state.step == 0:
             metrics, _ = self.evaluated()
             log.write("eval", 0, metrics, policy=sources.start_name(self.config))

@@ -7,6 +7,8 @@ policy, and its per-token bookkeeping costs more than a small model's forward. T
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
@@ -14,6 +16,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from trainer import parallel
 from trainer.config import Config
 from trainer.models import loading
+from trainer.models.backbone import ALONE
 from trainer.models.policy import Policy
 from trainer.rollout.engine import Draws, Rollout, Sync, drawn, end_tokens, gathered, next_sync
 
@@ -27,11 +30,12 @@ class HuggingFaceEngine:
         self.synced: Sync | None = None
 
     def sync(self, policy: Policy, step: int | None = None) -> None:
-        """The weights are shared with the trainer, or gathered from its shards."""
+        """The weights are shared with the trainer, or gathered from its shards. Adapters stay where
+        they are, on a base that is gathered for as long as answers are sampled."""
         if self.synced is not None and self.synced.brought(policy, step):
             return
         self.policy, moved = policy, 0
-        if parallel.shards(self.config):
+        if policy.through is ALONE and parallel.shards(self.config):
             dtype = parallel.compute_dtype(self.config)
             self.whole = loading.gather(policy, dtype, self.whole)
             self.policy = self.whole
@@ -65,14 +69,17 @@ class HuggingFaceEngine:
         lengths, truncated = tokens.new_zeros(count), tokens.new_zeros(count)
         keys: list[Tensor] = []
         ids: list[Tensor] = []
-        for start in range(batch * parallel.rank(), len(order), batch * ranks):
-            here = order[start : start + batch]
-            rows = torch.tensor([i * samples + k for i in here for k in range(samples)])
-            rows = rows.to(uniform.device)
-            *out, kept = self._sample(policy, [prompts[i] for i in here], samples, uniform[rows])
-            tokens[rows], logprobs[rows], lengths[rows], truncated[rows] = out
-            keys += [(rows[row] * limit + step).cpu() for row, step, _ in kept]
-            ids += [each.int().cpu() for _, _, each in kept]
+        with policy.through.whole():
+            for start in range(batch * parallel.rank(), len(order), batch * ranks):
+                here = order[start : start + batch]
+                rows = torch.tensor([i * samples + k for i in here for k in range(samples)])
+                rows = rows.to(uniform.device)
+                asked = [prompts[i] for i in here]
+                sample = partial(self._sample, policy, asked, samples, uniform[rows])
+                *out, kept = policy.through(sample)
+                tokens[rows], logprobs[rows], lengths[rows], truncated[rows] = out
+                keys += [(rows[row] * limit + step).cpu() for row, step, _ in kept]
+                ids += [each.int().cpu() for _, _, each in kept]
         found = None
         if self.truncates:
             none = torch.zeros(0, dtype=torch.long)

@@ -5,6 +5,9 @@ errors. `Vllm` is all of vLLM's own interface, which changes with its versions. 
 on a CPU the whole of it, but for what a CPU has not (sleep, graphs, several GPUs).
 
 Each group of `rollout.tensor_parallel` ranks is one engine and answers its share of the prompts.
+Of a policy that is an adapter on a shared base the base comes once, and the adapter alone with each
+sync; the base is asked by leaving the adapter out, which takes no sync (`lora.sync`).
+
 With `rollout.seeded` every request has a seed of its own, so an answer depends neither on what it
 is batched with nor on which engine gives it (but for rounding); without, vLLM draws for all of
 them together.
@@ -15,8 +18,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import shutil
 import tempfile
 import traceback
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import inf
@@ -29,7 +34,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from trainer import parallel
 from trainer.config import Config, ConfigError
+from trainer.models import adapters
+from trainer.models.backbone import ALONE, Backbone, Use, unties
 from trainer.models.policy import Policy
+from trainer.models.saving import adapter_weights
 from trainer.rollout.engine import Draws, Rollout, Sync, drawn, end_tokens, gathered, next_sync
 from trainer.rollout.watchdog import Watchdog
 from trainer.rollout.weights import whole_weights
@@ -37,10 +45,13 @@ from trainer.runs.faults import RunError
 from trainer.runs.state import RandomStates
 
 if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
     from vllm.outputs import CompletionOutput
 
 TESTED = "0.32.0"
 TIES = 8
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Of adapters, that vLLM makes room for."""
 
 
 class EngineFailed(RunError):
@@ -91,18 +102,24 @@ class VllmEngine:
         def weights() -> Iterator[tuple[str, Tensor]]:
             nonlocal moved
             bucket = self.config.rollout.sync_bucket_mb << 20
-            for name, tensor in whole_weights(policy, self.dtype, bucket):
+            merged = None if self.vllm and self.vllm.takes_adapters else policy.through.adapter
+            for name, tensor in whole_weights(policy, self.dtype, bucket, merged):
                 self.watchdog.heard()
                 moved += tensor.nbytes
                 yield name, tensor
 
+        use = policy.through if self.vllm.takes_adapters else ALONE
         slept, self.vllm.weights_by = self.vllm.asleep, None
         with _OneClearError("take the weights"), self.watchdog("taking the weights"):
             if slept:  # the cache's memory comes last: until then buckets may use it
                 self.vllm.wake("weights")
-            self.vllm.load(weights())
+            base = use.backbone if isinstance(use, Use) else None
+            if base is None or self.vllm.base() is not base:
+                self.vllm.load(weights())
+                self.vllm.base = weakref.ref(base) if base else lambda: None
             if slept:
                 self.vllm.wake("kv_cache")
+            moved += self.vllm.use_adapter(policy) if base else self.vllm.use_none()
             self.vllm.forget()  # prefixes that other weights have computed
         self.eos = end_tokens(self.tokenizer, policy)
         self.synced = next_sync(self.synced, policy, step, moved, slept)
@@ -222,6 +239,7 @@ def start(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: Config) ->
         config.rollout,
         config.model.dtype,
         config.data.max_prompt_tokens,
+        config.lora,
     )
     if key not in _running:
         _running.clear()
@@ -251,8 +269,13 @@ class Vllm:
         self.longest = min(self.longest, getattr(shape, "max_position_embeddings", self.longest))
         self.can_sleep, self.asleep = self.on_gpu and rollout.sleep, False
         self.weights_by: Sync | None = None  # that brought the weights which are here
+        self.takes_adapters = config.lora.active and config.lora.sync == "adapter"
+        self.base: Callable[[], Backbone | None] = lambda: None  # whose weights are here
+        self.adapter: LoRARequest | None = None
+        self.adapters = 0  # that have been here
         # vLLM reads the shape from a folder; weights come with the first sync.
-        self.folder = tempfile.TemporaryDirectory(prefix="gikernels-")
+        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        self.folder = tempfile.TemporaryDirectory(prefix="gikernels-", dir=memory)
         _write_shape(policy, self.folder.name)
         if self.stop:
             tokenizer.save_pretrained(self.folder.name)
@@ -281,6 +304,9 @@ class Vllm:
                 "kv_cache_memory_bytes": _cache_bytes(shape, self.longest, config),
                 "enforce_eager": True,
             }
+        if self.takes_adapters:
+            highest = min(rank for rank in RANKS if rank >= config.lora.rank)
+            options |= {"enable_lora": True, "max_lora_rank": highest, "max_loras": 1}
         if parallel.world_size() > 1:
             options["distributed_executor_backend"] = "external_launcher"
         # else vLLM makes a group of NCCL alone, and background checkpoints want gloo as well
@@ -299,13 +325,37 @@ class Vllm:
         if not self.on_gpu:
             self.llm.apply_model(_repack_heads)
 
+    def use_adapter(self, policy: Policy) -> int:
+        """From now on, or the base alone, where the policy is that; how many bytes came."""
+        use = policy.through
+        assert isinstance(use, Use)
+        if use.adapter is None:
+            return self.use_none()
+        from vllm.lora.request import LoRARequest
+
+        # A number of its own, or the one before would be taken for it. Files in memory, of MBs.
+        self.adapters += 1
+        if self.adapter is not None:
+            shutil.rmtree(self.adapter.lora_path, ignore_errors=True)
+        folder = Path(self.folder.name, f"adapter_{self.adapters}")
+        folder.mkdir()
+        weights = adapter_weights(policy.model, use.adapter)
+        settings = copy.copy(use.backbone.settings[use.adapter])
+        adapters.write(folder, weights, settings, use.backbone.base)
+        self.adapter = LoRARequest(f"adapter {self.adapters}", self.adapters, str(folder))
+        return sum(weight.nbytes for weight in weights.values())
+
+    def use_none(self) -> int:
+        self.adapter = None
+        return 0
+
     def forget(self) -> None:
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("the prefix cache could not be reset")
 
     def sleep(self) -> None:
-        # 2: weights are dropped and not kept in the CPU's memory, for each sync brings them all.
-        self.llm.sleep(level=2)
+        # 2: weights are dropped, for each sync brings them all. 1: they go to the CPU's memory.
+        self.llm.sleep(level=1 if self.base() is not None else 2)
         self.asleep = True
 
     def wake(self, what: str) -> None:
@@ -332,7 +382,7 @@ class Vllm:
             for each in requests
         ]
         prompts = [{"prompt_token_ids": each.prompt} for each in requests]
-        self.llm.enqueue(prompts, params, use_tqdm=False)
+        self.llm.enqueue(prompts, params, lora_request=self.adapter, use_tqdm=False)
         engine, answers = self.llm.llm_engine, {}
         while engine.has_unfinished_requests():
             for output in engine.step():
@@ -374,6 +424,9 @@ def _forget_shared_memory() -> None:
 
 def _write_shape(policy: Policy, folder: str) -> None:
     config = copy.copy(policy.model.config)
+    if unties(policy.model, policy.through.adapter):
+        config = copy.deepcopy(config)
+        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
     # fully_shard puts a class of its own in front of the model's
     config.architectures = [type(policy.model).__name__.removeprefix("FSDP")]
     config.save_pretrained(folder)

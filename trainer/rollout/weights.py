@@ -10,19 +10,27 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers.core_model_loading import revert_weight_conversion
 
 from trainer import parallel
+from trainer.models.backbone import frozen, plain_name, with_adapter
 from trainer.models.policy import Policy
 
 
-def whole_weights(policy: Policy, dtype: torch.dtype, bucket: int) -> Iterator[tuple[str, Tensor]]:
-    """(name as in the model's checkpoint files, whole tensor) of every weight, tied ones once.
+def whole_weights(
+    policy: Policy, dtype: torch.dtype, bucket: int, adapter: str | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name as in the model's checkpoint files, whole tensor) of every weight, tied ones once,
+    with an adapter in them, or none.
 
     Sharded ones are gathered together until they come to `bucket` bytes; a larger one goes alone.
     Every rank has to walk through all of it. A bucket is freed when its tensors are.
     """
-    for named in buckets(policy.model.named_parameters(), dtype, bucket):
+    for named in buckets(frozen(policy.model, adapter), dtype, bucket):
         names, parameters = zip(*named)
-        whole = dict(zip(names, gather([p.detach() for p in parameters], dtype)))
-        del parameters
+        tensors = gather([p.detach() for p in parameters], dtype)
+        whole = {
+            plain_name(name): with_adapter(policy.model, name, tensor, adapter)
+            for name, tensor in zip(names, tensors)
+        }
+        del parameters, tensors
         # transformers keeps some weights in another form than the files, experts above all
         yield from revert_weight_conversion(policy.model, whole).items()
         del whole  # before the next bucket is gathered

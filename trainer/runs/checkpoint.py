@@ -165,7 +165,10 @@ class Checkpoints:
             unknown = set(files.names_in(aside)) ^ theirs.keys()
             assert not unknown, f"written by nobody: {unknown}"
             ranks = parallel.world_size()
-            files.seal(aside, theirs, stage=self.stage, step=step, ranks=ranks, score=score)
+            about = {"stage": self.stage, "step": step, "ranks": ranks, "score": score}
+            if self.state.base:
+                about["base"] = self.state.base
+            files.seal(aside, theirs, **about)
             final = self.folder / f"step_{step}"
             files.remove(final)  # one that was found damaged
             aside.rename(final)
@@ -207,6 +210,7 @@ class Checkpoints:
         say(f"{self.stage}: no checkpoint in {self.folder}; starts from the beginning")
 
     def _load(self, path: Path) -> None:
+        self._refuse_other_base(path)
         state = self.state.state_dict()
         same_ranks = files.manifest(path)["ranks"] == parallel.world_size()
         if same_ranks:
@@ -231,6 +235,14 @@ class Checkpoints:
         self.state.load_state_dict(state)
         if same_ranks:
             self.random.load_state_dict(state["random"])
+
+    def _refuse_other_base(self, path: Path) -> None:
+        said, ours = files.manifest(path).get("base"), self.state.base
+        if said and ours and said[1] != ours[1]:
+            raise CheckpointError(
+                f"{path}: was trained on the weights {said[1]} of {said[0]}, and {ours[0]} has "
+                f"{ours[1]} now: the base has changed. Put it back, or start again"
+            )
 
 
 class _OneClearError:

@@ -37,6 +37,10 @@ def write(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
+def write_json(path: Path, said: Any) -> None:
+    write(path, json.dumps(said, indent=1) + "\n")
+
+
 def sync_folder(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -66,6 +66,7 @@ class Optimizer:
 
         A loss (this rank's part) or a gradient that is not finite leaves the weights as they are.
         """
+        parallel.sum_gradients(self.params)
         norm = nn.utils.clip_grad_norm_(self.params, self.grad_clip or float("inf"))
         norm = parallel.whole(norm)
         if self.guard.allows(self.name, loss=loss, gradient=norm):

@@ -31,10 +31,14 @@ class TrainState:
 
     def __init__(
         self,
-        models: dict[str, nn.Module | None],
+        models: dict[str, nn.Module | dict[str, Tensor] | None],
         optimizers: dict[str, Stateful | None],
         others: dict[str, Stateful | None] | None = None,
+        base: tuple[str, str] | None = None,
     ) -> None:
+        """A model may be the weights that are trained of it, beside a frozen `base`: its name and
+        its fingerprint."""
+        self.base = base
         self.step = 0  # steps that are done
         self.models = {name: model for name, model in models.items() if model is not None}
         self.parts: dict[str, Stateful] = {}
@@ -65,8 +69,10 @@ class TrainState:
         return not all(bool((w.abs() < ABSURD).all()) for w in local)
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
+def _weights(model: nn.Module | dict[str, Tensor]) -> dict[str, Tensor]:
     """By name, tied ones once. Buffers that are not saved are functions of the configuration."""
+    if isinstance(model, dict):
+        return model
     saved = model.state_dict(keep_vars=True)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     return weights | {name: b for name, b in model.named_buffers() if name in saved}

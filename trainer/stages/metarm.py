@@ -38,7 +38,8 @@ from trainer.batch.sequences import Sequences, pieces
 from trainer.batch.types import Pair, Prompt
 from trainer.config import Config
 from trainer.data.sources import load_prompts
-from trainer.models import loading, sources
+from trainer.models import loading, roles, sources
+from trainer.models.backbone import base_of, state_of, trained
 from trainer.models.policy import Policy
 from trainer.models.reward import RewardModel
 from trainer.ppo import loop
@@ -109,19 +110,20 @@ class Round(Stage):
         settings = t.config.metarm
         self.t, self.n, self.after, self.steps = t, n, after, settings.steps
         self.answers = sample_meta(t, str(before.model("policy")), n)
-        self.model = loading.load_reward_model(
-            str(before.model("rm")), t.precise, trained=True
-        ).train()
+        self.model = roles.trained_reward_model(str(before.model("rm")), t.precise).train()
         self.guard = Guard(t.config.trainer.max_skipped)
         self.optimizer = Optimizer.of(
             t.config.rm,
-            [(settings.lr, self.model.parameters())],
+            [(settings.lr, trained(self.model).values())],
             self.guard,
             "reward model",
             decay_until=settings.steps,
         )
         self.state = TrainState(
-            {"reward": self.model}, {"reward": self.optimizer}, {"guard": self.guard}
+            {"reward": state_of(self.model)},
+            {"reward": self.optimizer},
+            {"guard": self.guard},
+            base_of(self.model),
         )
 
     def step(self, step: int) -> Metrics:
@@ -174,7 +176,7 @@ def meta_step(
         backward_spread(config, model, meta, 1.0, averages)
         length = -eta if variant == "supported" else eta
         normalise = variant != "literal"
-        ascent = gikernels.meta_ascent(model.parameters(), length, normalise=normalise)
+        ascent = gikernels.meta_ascent(trained(model).values(), length, normalise=normalise)
     with ascent:
         reward_model.backward(config, model, pairs, both, averages)
 

@@ -25,7 +25,8 @@ from trainer.config import Config, Rm
 from trainer.data.errors import DataError
 from trainer.data.rows import take
 from trainer.data.sources import load_pairs
-from trainer.models import loading, sources
+from trainer.models import loading, roles, sources
+from trainer.models.backbone import base_of, state_of, trained
 from trainer.models.policy import Policy
 from trainer.models.reward import RewardModel
 from trainer.ppo.forward import check_engine
@@ -54,19 +55,22 @@ class RewardStage(Stage):
         self.config, self.run, self.steps = config, run, settings.steps
         self.tokenizer = loading.load_tokenizer(start, config)
         self.pairs, self.held_out = split_pairs(config, run, self.tokenizer, again=not resume)
-        self.model = loading.load_reward_model(
-            start, config, settings.head, self.tokenizer, trained=True
+        self.model = roles.trained_reward_model(
+            start, config, settings.head, self.tokenizer
         ).train()
         self.guard = Guard(config.trainer.max_skipped)
         self.optimizer = Optimizer.of(
             settings,
-            [(settings.lr, self.model.parameters())],
+            [(settings.lr, trained(self.model).values())],
             self.guard,
             "reward model",
             decay_until=settings.steps,
         )
         self.state = TrainState(
-            {"reward": self.model}, {"reward": self.optimizer}, {"guard": self.guard}
+            {"reward": state_of(self.model)},
+            {"reward": self.optimizer},
+            {"guard": self.guard},
+            base_of(self.model),
         )
 
     def step(self, step: int) -> Metrics:

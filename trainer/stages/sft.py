@@ -7,7 +7,8 @@ from trainer.batch.order import batch_of
 from trainer.batch.sequences import Sequences
 from trainer.config import Config
 from trainer.data.sources import load_demonstrations
-from trainer.models import loading
+from trainer.models import loading, roles
+from trainer.models.backbone import base_of, state_of, trained
 from trainer.models.policy import log_probabilities
 from trainer.runs.averages import Averages, Timer
 from trainer.runs.faults import Guard
@@ -30,17 +31,20 @@ class Sft(Stage):
         self.config, self.run, self.steps = config, run, settings.steps
         self.tokenizer = loading.load_tokenizer(config.model.policy, config)
         self.demonstrations = load_demonstrations(config, self.tokenizer)
-        self.policy = loading.load_policy(config.model.policy, config, trained=True).train()
+        self.policy = roles.sft_policy(config, run).train()
         self.guard = Guard(config.trainer.max_skipped)
         self.optimizer = Optimizer.of(
             settings,
-            [(settings.lr, self.policy.parameters())],
+            [(settings.lr, trained(self.policy).values())],
             self.guard,
             "policy",
             decay_until=settings.steps,
         )
         self.state = TrainState(
-            {"policy": self.policy}, {"policy": self.optimizer}, {"guard": self.guard}
+            {"policy": state_of(self.policy)},
+            {"policy": self.optimizer},
+            {"guard": self.guard},
+            base_of(self.policy),
         )
 
     def step(self, step: int) -> Metrics:
@@ -68,4 +72,4 @@ class Sft(Stage):
 
     def save(self) -> None:
         dtype = parallel.compute_dtype(self.config)
-        self.policy.save(self.run.model("sft"), self.tokenizer, dtype)
+        roles.save_base(self.policy, self.run.model("sft"), self.tokenizer, dtype)

@@ -36,6 +36,21 @@ def test_shares_are_balanced_and_whole():
     assert shares([5], 3)[1:] == [[], []]
 
 
+ADAPTERS = [
+    "model.critic=policy",
+    "lora.rank=4",
+    "lora.critic_rank=2",
+    "lora.targets=[all-linear,lm_head,embed_tokens]",
+]
+
+
+def move_adapters(backbone):
+    with torch.no_grad():
+        for name, p in backbone.named_parameters():
+            if "lora_" in name:
+                p += 0.05 * torch.randn(p.shape, generator=parallel.generator(name))
+
+
 def gradients_of_an_iteration(models, output, overrides):
     """Of policy and critic, whole and in float64, with the metrics; written by rank 0."""
     run = RunFolder(output)
@@ -44,10 +59,13 @@ def gradients_of_an_iteration(models, output, overrides):
     parallel.barrier()
     options = ["ppo.minibatches=1", "ppo.ppo_epochs=1", "ppo.entropy_coef=0.01", *overrides]
     t = build.Setup.of(tiny.config(output, *options), run)
+    if t.config.lora.active:  # as they begin, they do nothing
+        move_adapters(t.actors.policy.through.backbone)
     found = {}
 
     def keep(name, optimizer):
         def step(*_):
+            parallel.sum_gradients(optimizer.params)
             grads = [p.grad for p in optimizer.params if p.grad is not None]
             found[name] = torch.cat([parallel.whole(grad).flatten().double() for grad in grads])
             return found[name].norm()
@@ -74,8 +92,11 @@ def gradients_of_an_iteration(models, output, overrides):
         # one sequence: the other rank has none
         ["ppo.prompts_per_step=1", "groups.inference=none", "model.gradient_checkpointing=true"],
         ["trainer.replicas=2", "model.offload_reference=true", "model.packing=on"],
+        ["model.gradient_checkpointing=true", "kl.estimator=exact", *ADAPTERS],
+        # one sequence: the other rank has none
+        ["ppo.prompts_per_step=1", "groups.inference=none", *ADAPTERS],
     ],
-    ids=["exact", "adversarial", "empty rank", "replicas"],
+    ids=["exact", "adversarial", "empty rank", "replicas", "adapters", "adapters, empty rank"],
 )
 def test_gradients_and_metrics_do_not_depend_on_the_number_of_ranks(base, tmp_path, overrides):
     found = []
