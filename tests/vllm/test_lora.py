@@ -97,7 +97,7 @@ def test_a_forgotten_adapter_is_found_out_before_it_has_learnt_anything(setup, m
     before = {n: p.detach().clone() for n, p in trained(policy).items()}
     prompts = [prompt for prompt in PROMPTS for _ in range(4)]
     prove_adapter(config, engine, policy, prompts)
-    monkeypatch.setattr(engine.vllm, "use_adapter", lambda policy: 0)
+    monkeypatch.setattr(engine.vllm, "use_adapter", lambda *_: 0)
     engine.vllm.adapter = None
     engine.sync(policy, 0)  # as it begins it does nothing: nobody would see that it is not there
     assert difference(config, policy, engine, generate(engine)) < 1e-4

@@ -32,7 +32,7 @@ HOW = (
     "model.kernels",
     "model.compile",
     "model.gradient_checkpointing",
-    "model.offload_reference",
+    *(f"model.offload_{name}" for name in ("reference", "reward", "critic", "activations")),
     "metarm.rounds",
     "lora.sync",
     *(f"rollout.{name}" for name in ("batch", "logprob_bound", "gpu_memory", "sleep", "timeout")),

@@ -46,7 +46,7 @@ class Checked:
 
 def check(config: Config, stages: Sequence[str], dry_run: bool = False) -> Checked:
     found = Checked()
-    _need_packages(config)
+    _need_packages(config, found, dry_run)
     _need_vllm(config, found, dry_run)
     if hub.names(config, stages) and not hub.reachable():
         os.environ["HF_HUB_OFFLINE"] = "1"  # fail (or find the local copy) at once, not in 25 s
@@ -145,15 +145,22 @@ def _need_columns(config: Config, pairs: Sequence[Pair]) -> None:
         )
 
 
-def _need_packages(config: Config) -> None:
+def _need_packages(config: Config, found: Checked, dry_run: bool) -> None:
     wanted = [(f"trainer.log={name}", name, f"pip install {name}") for name in config.trainer.log]
     if config.model.attention.startswith("flash_attention"):
         wanted.append(
             (f"model.attention={config.model.attention}", "flash_attn", "pip install flash-attn")
         )
+    if config.lora.active:
+        wanted.append((f"lora.rank={config.lora.rank}", "peft", "pip install peft"))
+    if config.lora.quantize == "nf4":
+        wanted.append(("lora.quantize=nf4", "bitsandbytes", "pip install bitsandbytes"))
     for setting, module, how in wanted:
         if importlib.util.find_spec(module) is None:
-            raise ConfigError(f"{module} is not installed: {how}", where=setting)
+            problem = f"{module} is not installed: {how}"
+            if not dry_run:
+                raise ConfigError(problem, where=setting)
+            found.notes.append(f"{setting}: {problem}")
 
 
 def _need_vllm(config: Config, found: Checked, dry_run: bool) -> None:

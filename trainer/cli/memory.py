@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,17 @@ if TYPE_CHECKING:
 
 FP32, ADAM = 4, 8
 """Bytes a trained weight: its master and its gradient are float32, AdamW keeps two moments."""
+ADAM_8BIT = 2 + 2 * 4 / 256
+"""Codes, and a scale for each block of them: runs/adam.py."""
+NF4 = 0.5 + (1 + 4 / 256) / 64
+"""A weight's code, and its block's scale in 8 bits, with a scale of those."""
+VLLM_LEAST = 2**30
+"""What an engine takes beside its weights and a cache: graphs, workspaces."""
+ROOM = 0.92
+"""Share of a card that a plan may fill."""
 
-WHILE_SAMPLING = ("vLLM", "generation cache")
+GATHERED = "base, gathered for sampling"
+WHILE_SAMPLING = ("vLLM", "generation cache", GATHERED)
 WHILE_TRAINING = ("gradients", "gathered for compute", "activations")
 """Components that never live at the same time, where the engine rests while the trainer trains."""
 
@@ -49,10 +59,15 @@ class Shape:
     def parameters(self) -> int:
         return self.backbone + self.head
 
+    @property
+    def block(self) -> int:
+        """Parameters of a layer."""
+        return (self.backbone - (self.vocabulary + 1) * self.hidden) // self.layers
+
     def gathered(self, head: bool) -> int:
         """What FSDP has in one piece at a time: a block, and the root (embeddings, norm, head)."""
         root = (self.vocabulary + 1) * self.hidden
-        return (self.backbone - root) // self.layers + root + (self.head if head else 0)
+        return self.block + root + (self.head if head else 0)
 
 
 def shape_of(config: PreTrainedConfig, source: str) -> Shape:
@@ -103,6 +118,11 @@ def planned_ranks(config: Config) -> int:
     return config.run.ranks or int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def planned_card(config: Config) -> int | None:
+    """Memory of the GPU that the plan is for; None: there is none, and none is named."""
+    return int(config.run.memory * 2**30) or card_bytes()
+
+
 def card_bytes() -> int | None:
     """Memory of this machine's GPU, if it has one."""
     import torch
@@ -110,39 +130,52 @@ def card_bytes() -> int | None:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What stages take on each rank, and whether a card has room for it."""
+
+    columns: dict[str, dict[str, int]]  # stage -> component -> bytes
+    most: dict[str, int]  # stage -> what lives at the same time at most
+    card: int | None
+
+    @property
+    def needed(self) -> int:
+        return max(self.most.values())
+
+    @property
+    def fits(self) -> bool | None:
+        """None where no card is known. With room for CUDA, libraries and the allocator's cuts."""
+        return None if self.card is None else self.needed <= ROOM * self.card
+
+
+def plan(
+    config: Config,
+    stages: Sequence[str],
+    policy: Shape,
+    reward: Shape | None = None,
+    ranks: int | None = None,
+    card: int | None = None,
+) -> Plan:
+    """Of training stages. `reward`: where it is another model's; `ranks` and `card`: where they are
+    not those that the configuration names, or this machine's."""
+    ranks = ranks or planned_ranks(config)
+    card = card or planned_card(config)
+    columns = {s: estimate(config, s, policy, reward or policy, ranks, card) for s in stages}
+    return Plan(columns, {s: at_once(config, parts) for s, parts in columns.items()}, card)
+
+
 def estimate(
     config: Config, stage: str, policy: Shape, reward: Shape, ranks: int, card: int | None = None
 ) -> dict[str, int]:
     """Bytes on one rank by component. Weights, gradients and optimiser state are spread over the
-    ranks; activations and the generation cache are not. `card`: a GPU's memory, where it is known.
+    ranks; adapters, activations and the generation cache are not. `card`: a GPU's memory, where it
+    is known; what waits in the CPU's memory is then not counted.
 
     An estimate: the allocator's rounding and the libraries' own memory come on top.
     """
-    judges = stage in ("rm", "metarm")
-    shape = reward if judges else policy
-    trained = shape.backbone if judges else shape.parameters
-    compute = _compute(config, stage)
-    out: dict[str, float] = {
-        "weights": FP32 * trained / ranks,
-        "gradients": FP32 * trained / ranks,
-        "optimiser": ADAM * trained / ranks,
-    }
-    if stage == "metarm":  # of a round's reward model; its PPO is as stage ppo
-        out["theta, kept aside"] = FP32 * trained / ranks
-    sharded = ranks > 1 or card is not None or compute < FP32  # as parallel.shards
-    if sharded:
-        out["gathered for compute"] = compute * shape.gathered(head=not judges)
-    if stage == "ppo":
-        has_reward = config.reward.model_weight != 0
-        if not config.model.offload_reference:
-            out["reference"] = compute * policy.parameters / ranks
-        out["reward model"] = compute * reward.backbone / ranks if has_reward else 0
-        if config.ppo.has_critic or config.groups.has_head:
-            body = reward if config.model.critic == "reward" and has_reward else policy
-            # Its gradients do not live at the same time as the policy's: the larger ones count.
-            out["critic"] = (FP32 + ADAM) * body.backbone / ranks
-            out["gradients"] = FP32 * max(policy.parameters, body.backbone) / ranks
-        out |= _sampling(config, policy, ranks, sharded, card)
+    shares = config.lora.active and (stage != "sft" or config.lora.sft)
+    parts = _on_one_base if shares else _of_their_own
+    out = parts(config, stage, policy, reward, ranks, card)
     batch = {
         "sft": config.sft.batch,
         "rm": 2 * config.rm.batch,
@@ -153,8 +186,111 @@ def estimate(
         config.data.max_answer_tokens if stage != "ppo" else 0
     ) or config.rollout.max_new_tokens
     tokens = batch[stage] // ranks * (config.data.max_prompt_tokens + answer)
+    shape = reward if stage in ("rm", "metarm") else policy
     out["activations"] = _activations(config, stage, shape, tokens)
+    if stage == "ppo":
+        resident = sum(out.get(name, 0) for name in out if name not in WHILE_TRAINING)
+        out |= _sampling(config, policy, ranks, card, resident)
     return {name: int(value) for name, value in out.items()}
+
+
+def _of_their_own(
+    config: Config, stage: str, policy: Shape, reward: Shape, ranks: int, card: int | None
+) -> dict[str, float]:
+    """Each model has weights of its own, and what is trained of it is all of it."""
+    judges, model = stage in ("rm", "metarm"), config.model
+    shape = reward if judges else policy
+    trained = shape.backbone if judges else shape.parameters
+    compute, gpu = _compute(config, stage), card is not None
+    master, moments = _trained_bytes(config)
+    away = gpu and config.trainer.optimizer == "offload"
+    out: dict[str, float] = {
+        "weights": 0 if away else master * trained / ranks,
+        "gradients": 0 if away else master * trained / ranks,
+        "optimiser": 0 if away else moments * trained / ranks,
+    }
+    if stage == "metarm":  # of a round's reward model; its PPO is as stage ppo
+        out["theta, kept aside"] = master * trained / ranks
+    if ranks > 1 or gpu or compute < FP32:  # as parallel.shards
+        out["gathered for compute"] = compute * shape.gathered(head=not judges)
+    if stage != "ppo":
+        return out
+    has_reward = config.reward.model_weight != 0
+    # reading a model's weights from the CPU's memory takes a block at a time, as gathering does
+    if not model.offload_reference:
+        out["reference"] = compute * policy.parameters / ranks
+    if not model.offload_reward:
+        out["reward model"] = compute * reward.backbone / ranks if has_reward else 0
+    if config.ppo.has_critic or config.groups.has_head:
+        body = reward if model.critic == "reward" and has_reward else policy
+        if away or (gpu and model.offload_critic):
+            out["critic"] = 0
+        else:
+            # Its gradients do not live at the same time as the policy's: the larger ones count.
+            out["critic"] = (master + moments) * body.backbone / ranks
+            if not away:
+                out["gradients"] = master * max(policy.parameters, body.backbone) / ranks
+    return out
+
+
+def _on_one_base(
+    config: Config, stage: str, policy: Shape, reward: Shape, ranks: int, card: int | None
+) -> dict[str, float]:
+    """One frozen base; of the rest there are adapters, whole on every rank."""
+    lora, compute = config.lora, _compute(config, stage)
+    judges = stage in ("rm", "metarm")
+    base = policy.backbone if judges else policy.parameters
+    if lora.quantize == "nf4":
+        inner = policy.layers * policy.block
+        whole = NF4 * inner + compute * (base - inner)
+        out: dict[str, float] = {"base, 4 bits": whole}
+    else:
+        out = {"base": compute * base / ranks}
+        if ranks > 1:
+            out["gathered for compute"] = compute * policy.gathered(head=not judges)
+    ours = adapter_parameters(config, policy, lora.rank, head=not judges)
+    trained = [ours]
+    if stage == "ppo":
+        if config.ppo.has_critic or config.groups.has_head:
+            rank = lora.critic_rank or lora.rank
+            trained.append(adapter_parameters(config, policy, rank, head=False))
+        if config.reward.model_weight and not config.model.reward:
+            body = adapter_parameters(config, policy, lora.rank, head=False)
+            out["reward adapter"] = FP32 * body
+        elif config.reward.model_weight and not config.model.offload_reward:
+            out["reward model"] = compute * reward.backbone / ranks
+        if config.model.reference and not config.model.offload_reference:
+            out["reference"] = compute * policy.parameters / ranks
+    out["adapters"] = FP32 * sum(trained)
+    out["optimiser"] = ADAM * sum(trained)
+    out["gradients"] = FP32 * max(trained)
+    if stage == "metarm":
+        out["theta, kept aside"] = FP32 * ours
+    return out
+
+
+def adapter_parameters(config: Config, shape: Shape, rank: int, head: bool) -> int:
+    """Of one adapter; `head`: the policy's, which may reach head and embeddings."""
+    hidden, inner = shape.hidden, shape.intermediate
+    sides = {
+        "q_proj": hidden + shape.query,
+        "k_proj": hidden + shape.key_value,
+        "v_proj": hidden + shape.key_value,
+        "o_proj": shape.query + hidden,
+        "gate_proj": hidden + inner,
+        "up_proj": hidden + inner,
+        "down_proj": inner + hidden,
+    }
+    names = config.lora.names
+    layer = sum(side for name, side in sides.items() if name in names or "all-linear" in names)
+    ends = sum(name in ("lm_head", "embed_tokens") for name in names) if head else 0
+    return rank * (shape.layers * layer + ends * (hidden + shape.vocabulary))
+
+
+def _trained_bytes(config: Config) -> tuple[float, float]:
+    """Of a trained weight: its master, as of its gradient; its two moments."""
+    master = 2 if config.trainer.masters == "bfloat16" else FP32
+    return master, ADAM_8BIT if config.trainer.optimizer == "adamw8bit" else ADAM
 
 
 def at_once(config: Config, parts: dict[str, int]) -> int:
@@ -167,20 +303,29 @@ def at_once(config: Config, parts: dict[str, int]) -> int:
 
 
 def _sampling(
-    config: Config, policy: Shape, ranks: int, sharded: bool, card: int | None
+    config: Config, policy: Shape, ranks: int, card: int | None, resident: float
 ) -> dict[str, float]:
-    """Of the engine: the weights in one piece, and a cache."""
+    """Of the engine: the weights in one piece, and a cache. `resident`: what the trainer keeps on
+    the card meanwhile."""
     rollout, compute = config.rollout, _compute(config, "ppo")
     if rollout.engine == "hf":
-        whole = {"policy for sampling": compute * policy.parameters} if sharded else {}
-        return {**whole, "generation cache": _cache(config, policy, rollout.batch)}
+        cache: dict[str, float] = {"generation cache": _cache(config, policy, rollout.batch)}
+        if config.lora.active:
+            gathers = ranks > 1 and config.lora.quantize == "none"
+            return cache | ({GATHERED: compute * policy.parameters} if gathers else {})
+        sharded = ranks > 1 or card is not None or compute < FP32
+        return cache | ({"policy for sampling": compute * policy.parameters} if sharded else {})
     if card is not None:
-        return {"vLLM": rollout.gpu_memory * card}
-    share = rollout.tensor_parallel
-    rows = min(rollout.max_num_seqs, -(-config.ppo.sequences_per_step * share // ranks))
+        share = rollout.gpu_memory
+        # auto: what is left, as rollout/vllm.gpu_share takes it
+        taken = ROOM * card - resident if isinstance(share, str) else share * card
+        least = compute * policy.parameters / rollout.tensor_parallel + VLLM_LEAST
+        return {"vLLM": max(taken, least + _cache(config, policy, 1))}
+    together = rollout.tensor_parallel
+    rows = min(rollout.max_num_seqs, -(-config.ppo.sequences_per_step * together // ranks))
     return {
-        "policy for sampling": compute * policy.parameters / share,
-        "generation cache": _cache(config, policy, rows) / share,
+        "policy for sampling": compute * policy.parameters / together,
+        "generation cache": _cache(config, policy, rows) / together,
     }
 
 

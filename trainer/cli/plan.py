@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trainer.cli.check import Checked, named
-from trainer.cli.memory import Shape, at_once, card_bytes, estimate, planned_ranks
+from trainer.cli.memory import Plan, plan, planned_ranks
 from trainer.config import Config
 
 
@@ -19,6 +19,8 @@ def describe(config: Config, stages: Sequence[str], found: Checked) -> str:
             f"policy: {policy.source}, {_millions(policy.parameters)} parameters "
             f"({policy.layers} layers, {policy.hidden} wide, vocabulary {policy.vocabulary})"
         )
+    if config.lora.active:
+        lines.append(f"adapters: {_adapters(config)}")
     lines += ["", "stages"]
     lines += [f"  {stage:<6} {_stage(config, stage)}" for stage in stages]
     for name, overrides in config.baselines.items() if "ppo" in stages else ():
@@ -28,11 +30,21 @@ def describe(config: Config, stages: Sequence[str], found: Checked) -> str:
         lines += [f"  {key:<15} {named(config, key)}: {count}" for key, count in found.rows.items()]
     trained = [stage for stage in stages if stage in ("sft", "rm", "ppo", "metarm")]
     if policy and reward and trained:
-        lines += ["", *_memory_table(config, trained, policy, reward, ranks)]
+        lines += ["", *_memory_table(plan(config, trained, policy, reward, ranks), ranks)]
     if found.notes:
         lines += ["", "not checked here"]
         lines += [f"  {note}" for note in found.notes]
     return "\n".join(lines)
+
+
+def _adapters(config: Config) -> str:
+    lora = config.lora
+    critic = f", the critic's {lora.critic_rank}" if lora.critic_rank else ""
+    four_bits = ", its layers in 4 bits" if lora.quantize != "none" else ""
+    return (
+        f"rank {lora.rank}{critic}, alpha {lora.alpha:g}, on {', '.join(lora.names)}; policy, "
+        f"critic and reward model stand on one frozen base{four_bits}"
+    )
 
 
 def _stage(config: Config, stage: str) -> str:
@@ -72,18 +84,25 @@ def _stage(config: Config, stage: str) -> str:
     )
 
 
-def _memory_table(
-    config: Config, stages: Sequence[str], policy: Shape, reward: Shape, ranks: int
-) -> list[str]:
-    card = card_bytes()
-    columns = {stage: estimate(config, stage, policy, reward, ranks, card) for stage in stages}
+def _memory_table(found: Plan, ranks: int) -> list[str]:
+    columns, stages = found.columns, list(found.columns)
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     lines = [f"{'memory of each rank, estimated':<32}" + "".join(f"{s:>12}" for s in stages)]
     for name in names:
         cells = [_bytes(columns[s][name]) if name in columns[s] else "" for s in stages]
         lines.append(f"  {name:<30}" + "".join(f"{cell:>12}" for cell in cells))
-    totals = "".join(f"{_bytes(at_once(config, columns[s])):>12}" for s in stages)
-    return [*lines, f"  {'at most at once':<30}{totals}"]
+    totals = "".join(f"{_bytes(found.most[s]):>12}" for s in stages)
+    lines.append(f"  {'at most at once':<30}{totals}")
+    if found.card is None:
+        return lines
+    card = f"{ranks} x {found.card / 2**30:.0f} GiB" if ranks > 1 else _bytes(found.card)
+    if found.fits:
+        return [*lines, f"fits into {card}"]
+    cures = (
+        "lora.rank=16, model.gradient_checkpointing=true, a smaller trainer.tokens_per_microbatch, "
+        "model.offload_reference=true, trainer.optimizer=adamw8bit or offload, more GPUs"
+    )
+    return [*lines, f"DOES NOT FIT into {card}; what takes less: {cures}"]
 
 
 def _millions(count: int) -> str:

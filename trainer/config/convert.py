@@ -87,9 +87,6 @@ def _name(kind: Any) -> str:
 
 def _suggest(name: str, section: type, root: type) -> str:
     known = [each.name for each in dataclasses.fields(section)]
-    near = did_you_mean(name, known)
-    if near:
-        return near
     # The key may be right and only its section wrong or missing.
     elsewhere = [
         f"{part}.{each.name}"
@@ -98,6 +95,9 @@ def _suggest(name: str, section: type, root: type) -> str:
         for each in dataclasses.fields(kind)
         if each.name == name
     ]
+    near = did_you_mean(name, known)
+    if near and not (elsewhere and section is root):
+        return near
     if elsewhere:
         return f" (did you mean {' or '.join(elsewhere)}?)"
     return f"; there are {', '.join(known)}"

@@ -66,7 +66,24 @@ class Model(Section, at="model"):
         False,
         "Keep the reference policy in the CPU's memory; it visits the GPU block by block.",
     )
+    offload_reward: bool = key(False, "The same of the reward model.")
+    offload_critic: bool = key(
+        False,
+        "The same of the critic, whose moments and masters are then updated in the CPU's memory.",
+    )
+    offload_activations: bool = key(
+        False,
+        "What the backward pass needs waits in the CPU's memory; with gradient_checkpointing, of "
+        "which it is the blocks' inputs.",
+    )
     trust_remote_code: bool = key(False, "Let transformers run code that comes with a model.")
+
+    def relations(self) -> None:
+        self.require(
+            not self.offload_activations or self.gradient_checkpointing,
+            "gradient_checkpointing",
+            "true with model.offload_activations=true: else every number of every layer would go",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,12 +56,14 @@ class Rollout(Section, at="rollout"):
     tensor_parallel: int = key(
         1, "vLLM: ranks that share one engine; a divisor of the number of ranks.", low=1
     )
-    gpu_memory: float = key(
+    gpu_memory: float | str = key(
         0.4,
-        "vLLM: share of a GPU's memory for its weights and cache while it generates.",
-        above=0,
-        below=1,
-        want="between 0 and 1",
+        "vLLM: share of a GPU's memory for its weights and cache while it generates; auto: of what "
+        "is left when the trainer's weights and moments are there.",
+        such_that(
+            lambda share: share == "auto" or (not isinstance(share, str) and 0 < share < 1),
+            "between 0 and 1, or auto",
+        ),
     )
     sleep: bool = key(True, "vLLM on GPUs: that memory belongs to the trainer while it trains.")
     cuda_graphs: bool = key(
@@ -91,6 +93,11 @@ class Rollout(Section, at="rollout"):
             "top_k",
             "1 or more with engine=vllm and top_p < 1: it tells so many of the tokens that are "
             "left; 512 seldom cuts any",
+        )
+        self.require(
+            self.gpu_memory != "auto" or self.sleep,
+            "sleep",
+            "true with rollout.gpu_memory=auto: while the trainer trains it wants that memory back",
         )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from trainer.config.fields import Section, among, filled, key, such_that
 
@@ -40,6 +41,13 @@ class Run(Section, at="run"):
         want="0 (torch's choice) or more",
         result=False,
     )
+    memory: float = key(
+        0.0,
+        "GiB of each GPU that --dry-run plans for; 0: this machine's.",
+        low=0,
+        high=10_000,
+        result=False,
+    )
     ranks: int = key(
         0, "How many ranks --dry-run plans for; 0: as many as it runs on.", low=0, result=False
     )
@@ -69,6 +77,17 @@ class Trainer(Section, at="trainer"):
         "Tokens in one forward and backward, in every stage: memory and speed, never the result.",
         low=1,
         basic=True,
+    )
+    optimizer: Literal["adamw", "adamw8bit", "offload"] = key(
+        "adamw",
+        "adamw8bit: its two moments take 8 bits a weight and not 32; offload: moments and masters "
+        "are in the CPU's memory, and updated there.",
+        basic=True,
+    )
+    masters: Literal["float32", "bfloat16"] = key(
+        "float32",
+        "Of the weights that are trained; bfloat16: half the memory, rounded by chance, and "
+        "gradients are bfloat16, too.",
     )
     replicas: int = key(
         1,

@@ -101,6 +101,23 @@ class Config(Section):
             "hf with trainer.deterministic=true: vLLM promises no bits",
         )
         self.require(
+            self.trainer.masters == "float32" or self.model.dtype == "bfloat16",
+            "trainer.masters",
+            "float32 with model.dtype=float32",
+        )
+        self.require(
+            self.trainer.optimizer != "offload" or self.trainer.masters == "float32",
+            "trainer.masters",
+            "float32 with trainer.optimizer=offload: the CPU's memory has room for them",
+        )
+        lean = self.trainer.optimizer != "adamw" or self.trainer.masters != "float32"
+        self.require(
+            not (lean and self.lora.active),
+            "trainer.optimizer",
+            "adamw, and trainer.masters=float32, with lora.rank > 0: of adapters there is nothing "
+            "to save",
+        )
+        self.require(
             self.lora.quantize == "none" or self.rollout.engine == "hf",
             "rollout.engine",
             "hf with lora.quantize=nf4: vLLM would sample from weights that are not quantised",

@@ -88,10 +88,11 @@ def load_reward_model(
     head: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     trained: bool = False,
+    offload: bool = False,
 ) -> RewardModel:
     """A reward model; or, from a causal language model's folder, one with a new score layer, which
     takes its pad token from the tokenizer."""
-    return prepare(reward_model(source, config, head, tokenizer), config, trained)
+    return prepare(reward_model(source, config, head, tokenizer), config, trained, offload)
 
 
 def reward_model(
@@ -118,7 +119,8 @@ def load_scoring_model(
     if config.reward.model_weight == 0:
         return None, None
     source = reward_source(config, run)
-    return load_reward_model(source, config), load_tokenizer(source, config)
+    offload = config.model.offload_reward
+    return load_reward_model(source, config, offload=offload), load_tokenizer(source, config)
 
 
 def make_critic(config: Config, run: RunFolder, policy: Policy, num_groups: int) -> Critic | None:
@@ -141,7 +143,8 @@ def make_critic(config: Config, run: RunFolder, policy: Policy, num_groups: int)
         body = causal(start, config, trained=True).base_model
     torch.manual_seed(config.run.seed)  # the new heads' weights
     hidden_size = body.config.get_text_config().hidden_size
-    return prepare(Critic(body, hidden_size, num_groups, config.groups.on), config, trained=True)
+    critic = Critic(body, hidden_size, num_groups, config.groups.on)
+    return prepare(critic, config, trained=True, offload=config.model.offload_critic)
 
 
 def prepare(module: M, config: Config, trained: bool, offload: bool = False) -> M:
@@ -150,7 +153,24 @@ def prepare(module: M, config: Config, trained: bool, offload: bool = False) -> 
     set_up(module, config)
     if not trained:
         parallel.in_compute_dtype(module.requires_grad_(False), config)
+    elif config.trainer.masters == "bfloat16":
+        parallel.in_compute_dtype(module, config)  # but for the heads
+    offload = offload or (trained and config.trainer.optimizer == "offload")
     return parallel.place(module, config, offload).eval()
+
+
+def offload_activations(body: nn.Module) -> None:
+    """What the body keeps for the backward pass waits in the CPU's memory: with checkpointing the
+    inputs of its blocks."""
+    forward = body.forward
+
+    def offloading(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        with torch.autograd.graph.save_on_cpu(pin_memory=parallel.device().type == "cuda"):
+            return forward(*args, **kwargs)
+
+    body.forward = offloading
 
 
 def set_up(module: nn.Module, config: Config) -> None:
@@ -164,6 +184,8 @@ def set_up(module: nn.Module, config: Config) -> None:
     model = next(part for part in module.modules() if isinstance(part, PreTrainedModel))
     if packs(model, config):
         use_packed(model)
+    if config.model.offload_activations:
+        offload_activations(model.base_model)
     if config.model.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # its newer name
         (enable or model.gradient_checkpointing_enable)()

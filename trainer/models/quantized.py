@@ -3,18 +3,16 @@ computed with in the dtype of compute, as are the layers themselves."""
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 from trainer import parallel
-from trainer.config import Config, ConfigError
+from trainer.config import Config
 
 
 def options_for(config: Config) -> dict[str, Any]:
     """Of from_pretrained; none where the base is not quantised."""
     if config.lora.quantize == "none":
         return {}
-    check_installed()
     from transformers import BitsAndBytesConfig
 
     how = BitsAndBytesConfig(
@@ -24,10 +22,3 @@ def options_for(config: Config) -> dict[str, Any]:
         bnb_4bit_compute_dtype=parallel.compute_dtype(config),
     )
     return {"quantization_config": how, "device_map": {"": parallel.device()}}
-
-
-def check_installed() -> None:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "bitsandbytes is not installed: pip install bitsandbytes", where="lora.quantize=nf4"
-        )

@@ -5,17 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config import Config
 from trainer.models import loading, shared
-from trainer.models.backbone import Use
+from trainer.models.backbone import Use, base_of, state_of
 from trainer.models.policy import Policy
 from trainer.models.reward import RewardModel
 from trainer.models.saving import save_merged
 from trainer.models.shared import Models
 from trainer.models.sources import policy_source, reference_source
+from trainer.runs.faults import Guard
 from trainer.runs.folder import RunFolder
+from trainer.runs.optim import Optimizer
+from trainer.runs.state import TrainState
 
 
 def sft_policy(config: Config, run: RunFolder) -> Policy:
@@ -54,3 +58,8 @@ def ppo_models(config: Config, run: RunFolder, num_groups: int) -> Models:
     reference = loading.load_policy(anchor, config, offload=offload)
     critic = loading.make_critic(config, run, policy, num_groups)
     return Models(policy, reference, critic, *loading.load_scoring_model(config, run))
+
+
+def state(name: str, model: nn.Module, optimizer: Optimizer, guard: Guard) -> TrainState:
+    """Of a stage that trains one model."""
+    return TrainState({name: state_of(model)}, {name: optimizer}, {"guard": guard}, base_of(model))

@@ -103,7 +103,7 @@ def ppo_models(config: Config, run: RunFolder, num_groups: int) -> Models:
         reference = loading.load_policy(anchor, config, offload=config.model.offload_reference)
     reward = _reader(backbone, ours) if ours else None
     if judge and not ours:
-        reward = loading.load_reward_model(judge, config)
+        reward = loading.load_reward_model(judge, config, offload=config.model.offload_reward)
     critic = None
     if has_critic:
         torch.manual_seed(config.run.seed)  # the new heads' weights

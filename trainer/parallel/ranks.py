@@ -176,12 +176,14 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
     ours = [p for p in parameters if not isinstance(p, DTensor)]
     if not ours:
         return
-    flat = torch.cat(
-        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in ours]
-    )
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in ours]
+    there = torch.tensor([float(p.grad is not None) for p in ours], device=grads[0].device)
+    flat = torch.cat([*(grad.flatten().float() for grad in grads), there])
     torch.distributed.all_reduce(flat)
-    for p, total in zip(ours, flat.split([p.numel() for p in ours])):
-        p.grad = total.view_as(p).to(p.dtype)
+    sums = flat.split([*(p.numel() for p in ours), len(ours)])
+    for p, total, some in zip(ours, sums, sums[-1].tolist()):
+        if some:  # on no rank: it stays without
+            p.grad = total.view_as(p).to(p.dtype)
 
 
 def all_ranks(x: Tensor) -> Tensor:

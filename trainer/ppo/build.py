@@ -53,7 +53,7 @@ class Actors:
     ) -> Actors:
         policy, critic = models.policy, models.critic
         policy_optimizer = Optimizer.of(
-            config.ppo, [(config.ppo.lr, trained(policy).values())], guard, "policy"
+            config.ppo, [(config.ppo.lr, trained(policy).values())], guard, "policy", config.trainer
         )
         critic_optimizer = None
         if critic is not None:
@@ -62,7 +62,7 @@ class Actors:
             head = [p for name, p in named.items() if name.startswith("group_head.")]
             values = [p for name, p in named.items() if not name.startswith("group_head.")]
             rates = [(config.ppo.critic_lr, values), (config.groups.head_lr, head)]
-            critic_optimizer = Optimizer.of(config.ppo, rates, guard, "critic")
+            critic_optimizer = Optimizer.of(config.ppo, rates, guard, "critic", config.trainer)
         for optimizer in (policy_optimizer, critic_optimizer):
             if optimizer is not None:
                 optimizer.materialise()  # vLLM starts with the first sync

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from trainer import parallel
 from trainer.config import Config, ConfigError
@@ -39,6 +39,7 @@ from trainer.models.backbone import ALONE, Backbone, Use, unties
 from trainer.models.policy import Policy
 from trainer.models.saving import adapter_weights
 from trainer.rollout.engine import Draws, Rollout, Sync, drawn, end_tokens, gathered, next_sync
+from trainer.rollout.room import cache_bytes, gpu_share
 from trainer.rollout.watchdog import Watchdog
 from trainer.rollout.weights import whole_weights
 from trainer.runs.faults import RunError
@@ -119,7 +120,9 @@ class VllmEngine:
                 self.vllm.base = weakref.ref(base) if base else lambda: None
             if slept:
                 self.vllm.wake("kv_cache")
-            moved += self.vllm.use_adapter(policy) if base else self.vllm.use_none()
+            self.vllm.adapter = None  # which is to ask the base
+            if isinstance(use, Use) and use.adapter is not None:
+                moved += self.vllm.use_adapter(policy, use.backbone, use.adapter)
             self.vllm.forget()  # prefixes that other weights have computed
         self.eos = end_tokens(self.tokenizer, policy)
         self.synced = next_sync(self.synced, policy, step, moved, slept)
@@ -295,13 +298,13 @@ class Vllm:
         }
         if self.on_gpu:
             options |= {
-                "gpu_memory_utilization": rollout.gpu_memory,
+                "gpu_memory_utilization": gpu_share(config),
                 "enable_sleep_mode": rollout.sleep,
                 "enforce_eager": not rollout.cuda_graphs,
             }
         else:
             options |= {
-                "kv_cache_memory_bytes": _cache_bytes(shape, self.longest, config),
+                "kv_cache_memory_bytes": cache_bytes(shape, self.longest, config),
                 "enforce_eager": True,
             }
         if self.takes_adapters:
@@ -325,29 +328,19 @@ class Vllm:
         if not self.on_gpu:
             self.llm.apply_model(_repack_heads)
 
-    def use_adapter(self, policy: Policy) -> int:
-        """From now on, or the base alone, where the policy is that; how many bytes came."""
-        use = policy.through
-        assert isinstance(use, Use)
-        if use.adapter is None:
-            return self.use_none()
+    def use_adapter(self, policy: Policy, backbone: Backbone, name: str) -> int:
+        """From now on; how many bytes came."""
         from vllm.lora.request import LoRARequest
 
         # A number of its own, or the one before would be taken for it. Files in memory, of MBs.
         self.adapters += 1
-        if self.adapter is not None:
-            shutil.rmtree(self.adapter.lora_path, ignore_errors=True)
         folder = Path(self.folder.name, f"adapter_{self.adapters}")
+        shutil.rmtree(folder.with_name(f"adapter_{self.adapters - 1}"), ignore_errors=True)
         folder.mkdir()
-        weights = adapter_weights(policy.model, use.adapter)
-        settings = copy.copy(use.backbone.settings[use.adapter])
-        adapters.write(folder, weights, settings, use.backbone.base)
+        weights = adapter_weights(policy.model, name)
+        adapters.write(folder, weights, copy.copy(backbone.settings[name]), backbone.base)
         self.adapter = LoRARequest(f"adapter {self.adapters}", self.adapters, str(folder))
         return sum(weight.nbytes for weight in weights.values())
-
-    def use_none(self) -> int:
-        self.adapter = None
-        return 0
 
     def forget(self) -> None:
         if not self.llm.reset_prefix_cache():
@@ -430,14 +423,3 @@ def _write_shape(policy: Policy, folder: str) -> None:
     # fully_shard puts a class of its own in front of the model's
     config.architectures = [type(policy.model).__name__.removeprefix("FSDP")]
     config.save_pretrained(folder)
-
-
-def _cache_bytes(shape: PreTrainedConfig, longest: int, config: Config) -> int:
-    """Room for `rollout.max_num_seqs` answers of full length; on a CPU vLLM cuts the cache into
-    blocks of 128."""
-    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    token = (
-        2 * shape.num_hidden_layers * heads * width * getattr(torch, config.model.dtype).itemsize
-    )
-    return (config.rollout.max_num_seqs + 2) * -(-longest // 128) * 128 * token

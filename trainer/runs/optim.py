@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer import parallel
-from trainer.config import Ppo, Rm, Sft
+from trainer.config import Ppo, Rm, Sft, Trainer
+from trainer.runs.adam import LeanAdamW
 from trainer.runs.faults import Guard
 
 
@@ -27,6 +28,7 @@ class Optimizer:
         decay_until: int = 0,  # cosine to a tenth at this step; 0: constant
         guard: Guard | None = None,
         name: str = "",  # what the guard calls it
+        trainer: Trainer | None = None,  # with 8 bits, or bfloat16 masters
     ) -> None:
         options: list[dict[str, Any]] = []
         for lr, params in groups:
@@ -37,7 +39,7 @@ class Optimizer:
             options.append({"params": others, "peak": lr, "weight_decay": 0.0})
         options = [each for each in options if each["params"]]
         self.params = [p for each in options for p in each["params"]]
-        self.adamw = torch.optim.AdamW(options, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        self.adamw = adamw(options, trainer, name)
         self.guard, self.name = guard or Guard(limit=1), name
         self.grad_clip, self.warmup, self.decay_until = grad_clip, warmup, decay_until
 
@@ -48,6 +50,7 @@ class Optimizer:
         groups: list[tuple[float, Iterable[nn.Parameter]]],
         guard: Guard,
         name: str,
+        trainer: Trainer,
         decay_until: int = 0,
     ) -> Optimizer:
         """With a stage's decay, clipping and warm-up."""
@@ -59,6 +62,7 @@ class Optimizer:
             decay_until=decay_until,
             guard=guard,
             name=name,
+            trainer=trainer,
         )
 
     def step(self, step: int, loss: Tensor | None = None) -> Tensor:
@@ -89,11 +93,7 @@ class Optimizer:
         what is left of the memory before then finds only what will stay left."""
         for p in self.params:
             if p not in self.adamw.state:
-                self.adamw.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parallel.local(p).device),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
+                self.adamw.state[p] = fresh_state(self.adamw, p)
 
     def state_dict(self) -> dict:
         """AdamW's moments and steps, by the parameters' order; shared with it, so that a checkpoint
@@ -104,3 +104,24 @@ class Optimizer:
     def load_state_dict(self, state: dict) -> None:
         for i, p in enumerate(self.params):
             self.adamw.state[p] = state[str(i)]
+
+
+def adamw(
+    options: list[dict[str, Any]], trainer: Trainer | None, name: str
+) -> torch.optim.Optimizer:
+    """torch's, or the lean one where the settings ask for less memory."""
+    betas, eps = (0.9, 0.95), 1e-8
+    eight_bits = trainer is not None and trainer.optimizer == "adamw8bit"
+    if eight_bits or (trainer is not None and trainer.masters == "bfloat16"):
+        return LeanAdamW(options, betas, eps, eight_bits, name)
+    return torch.optim.AdamW(options, lr=0.0, betas=betas, eps=eps, fused=True)
+
+
+def fresh_state(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Tensor]:
+    if isinstance(optimizer, LeanAdamW):
+        return optimizer.fresh_state(p)
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parallel.local(p).device),
+        "exp_avg": torch.zeros_like(p),
+        "exp_avg_sq": torch.zeros_like(p),
+    }

@@ -39,7 +39,7 @@ from trainer.batch.types import Pair, Prompt
 from trainer.config import Config
 from trainer.data.sources import load_prompts
 from trainer.models import loading, roles, sources
-from trainer.models.backbone import base_of, state_of, trained
+from trainer.models.backbone import trained
 from trainer.models.policy import Policy
 from trainer.models.reward import RewardModel
 from trainer.ppo import loop
@@ -57,7 +57,6 @@ from trainer.runs.folder import RunFolder
 from trainer.runs.log import MetricsLog
 from trainer.runs.loop import Metrics, Stage, log_of, train
 from trainer.runs.optim import Optimizer
-from trainer.runs.state import TrainState
 from trainer.stages import reward_model
 
 STAGE, ROUND = "metarm", "round"
@@ -117,14 +116,10 @@ class Round(Stage):
             [(settings.lr, trained(self.model).values())],
             self.guard,
             "reward model",
+            t.config.trainer,
             decay_until=settings.steps,
         )
-        self.state = TrainState(
-            {"reward": state_of(self.model)},
-            {"reward": self.optimizer},
-            {"guard": self.guard},
-            base_of(self.model),
-        )
+        self.state = roles.state("reward", self.model, self.optimizer, self.guard)
 
     def step(self, step: int) -> Metrics:
         t, timer, averages = self.t, Timer(), Averages()

@@ -26,7 +26,7 @@ from trainer.data.errors import DataError
 from trainer.data.rows import take
 from trainer.data.sources import load_pairs
 from trainer.models import loading, roles, sources
-from trainer.models.backbone import base_of, state_of, trained
+from trainer.models.backbone import trained
 from trainer.models.policy import Policy
 from trainer.models.reward import RewardModel
 from trainer.ppo.forward import check_engine
@@ -38,7 +38,6 @@ from trainer.runs.faults import Guard
 from trainer.runs.folder import RunFolder
 from trainer.runs.loop import Metrics, Stage, done, train
 from trainer.runs.optim import Optimizer
-from trainer.runs.state import TrainState
 from trainer.worlds import registry
 
 
@@ -64,14 +63,10 @@ class RewardStage(Stage):
             [(settings.lr, trained(self.model).values())],
             self.guard,
             "reward model",
+            config.trainer,
             decay_until=settings.steps,
         )
-        self.state = TrainState(
-            {"reward": state_of(self.model)},
-            {"reward": self.optimizer},
-            {"guard": self.guard},
-            base_of(self.model),
-        )
+        self.state = roles.state("reward", self.model, self.optimizer, self.guard)
 
     def step(self, step: int) -> Metrics:
         config, timer, averages = self.config, Timer(), Averages()

@@ -8,14 +8,13 @@ from trainer.batch.sequences import Sequences
 from trainer.config import Config
 from trainer.data.sources import load_demonstrations
 from trainer.models import loading, roles
-from trainer.models.backbone import base_of, state_of, trained
+from trainer.models.backbone import trained
 from trainer.models.policy import log_probabilities
 from trainer.runs.averages import Averages, Timer
 from trainer.runs.faults import Guard
 from trainer.runs.folder import RunFolder
 from trainer.runs.loop import Metrics, Stage, done, train
 from trainer.runs.optim import Optimizer
-from trainer.runs.state import TrainState
 
 
 def run(config: Config, run: RunFolder, resume: bool = False) -> None:
@@ -38,14 +37,10 @@ class Sft(Stage):
             [(settings.lr, trained(self.policy).values())],
             self.guard,
             "policy",
+            config.trainer,
             decay_until=settings.steps,
         )
-        self.state = TrainState(
-            {"policy": state_of(self.policy)},
-            {"policy": self.optimizer},
-            {"guard": self.guard},
-            base_of(self.policy),
-        )
+        self.state = roles.state("policy", self.policy, self.optimizer, self.guard)
 
     def step(self, step: int) -> Metrics:
         config, timer, averages = self.config, Timer(), Averages()

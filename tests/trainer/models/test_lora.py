@@ -1,7 +1,6 @@
 """Adapters on one frozen base: PEFT's numbers and files, what a run keeps, and what it refuses."""
 
 import shutil
-from pathlib import Path
 
 import peft
 import pytest
@@ -22,8 +21,10 @@ from trainer.models import adapters, loading, roles, shared
 from trainer.models.backbone import Use, adapter_of, trained
 from trainer.models.policy import log_probabilities
 from trainer.ppo import build
+from trainer.runs import files
 from trainer.runs.checkpoint import CheckpointError
 from trainer.runs.folder import RunFolder
+from trainer.runs.reader import read_index
 from trainer.stages import registry
 
 LORA = ["lora.rank=4", "lora.alpha=6"]
@@ -33,11 +34,12 @@ EVERYWHERE = "lora.targets=[all-linear,lm_head,embed_tokens]"
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """A run of all stages with adapters."""
-    output = tmp_path_factory.mktemp("lora")
-    stages = ("sft", "rm", "ppo")
-    assert children.run(children.train, [*LORA, "trainer.save_every=3"], output, stages) == 0
-    Path(output, "config.yaml").write_text(tiny.config(output, *LORA).to_yaml())
-    return RunFolder(output)
+    run = RunFolder(tmp_path_factory.mktemp("lora"))
+    config = tiny.config(run.path, *LORA, "trainer.save_every=3")
+    for stage in ("sft", "rm", "ppo"):
+        registry.run(stage, config, run, False)
+    run.config.write_text(config.to_yaml())
+    return run
 
 
 def move(model):
@@ -124,9 +126,12 @@ def test_a_run_of_all_stages_leaves_what_others_load(done):
             assert torch.equal(weight, ours.model.score.weight)
     moved = load_file(done.model("policy") / adapters.WEIGHTS)
     assert any(x.abs().max() > 0 for n, x in moved.items() if "lora_B" in n)
-    # the adapter alone is in a checkpoint, and what it stands on beside it
-    size = sum(f.stat().st_size for f in done.checkpoints("ppo").rglob("*.distcp"))
-    assert size < done.model("sft").joinpath("model.safetensors").stat().st_size * 4
+    # adapters and heads alone are in a checkpoint, and what they stand on beside it
+    kept = done.checkpoints("ppo") / "step_3"
+    names = read_index(kept).state_dict_metadata
+    weights = [name for name in names if name.startswith("model.")]
+    assert all("lora_" in name or "_head." in name for name in weights) and len(weights) > 40
+    assert files.manifest(kept)["base"] == list(adapters.base(str(done.model("sft"))))
 
 
 def test_four_models_stand_on_one_base(done):
@@ -198,27 +203,33 @@ def test_killed_and_resumed(tmp_path):
     assert_equal_runs(whole, broken)
 
 
-def test_a_base_that_has_changed_is_told(done, tmp_path):
-    shutil.copytree(done.path, tmp_path / "run")
-    run = RunFolder(tmp_path / "run")
-    base = run.model("sft")
+@pytest.fixture
+def changed(done, tmp_path):
+    """The run with a base that is not what its adapters were trained on; whole, and another."""
+    base = done.model("sft")
+    shutil.copytree(base, tmp_path / "kept")
     weights = load_file(base / "model.safetensors")
     save_file({n: x + 1e-3 for n, x in weights.items()}, base / "model.safetensors")
-    (base / "manifest.json").unlink()
-    from trainer.runs import files
-
+    (base / files.MANIFEST).unlink()
     files.seal(base)
-    # as in a run that was moved, the base is beside the adapter
-    shutil.rmtree(done.path / "elsewhere", ignore_errors=True)
-    config = tiny.config(run.path, *LORA, "ppo.steps=5")
-    with pytest.raises(ConfigError, match=r"models/rm: was trained on .*sft as it was then"):
-        registry.run("ppo", config, run, True)
+    yield done
+    shutil.rmtree(base)
+    shutil.copytree(tmp_path / "kept", base)
+
+
+def test_a_base_that_has_changed_is_told(changed):
+    config = tiny.config(changed.path, *LORA, "ppo.steps=5")
+    told = r"models/rm: was trained on .*sft as it was then \(weights \w{8}\); .* has other weights"
+    with pytest.raises(ConfigError, match=told):
+        registry.run("ppo", config, changed, True)
+    with pytest.raises(ConfigError, match=r"models/policy: was trained on"):
+        loading.load_policy(str(changed.model("policy")), config)
     config = tiny.config(
-        run.path, *LORA, "ppo.steps=5", "reward.model_weight=0", "model.critic=policy",
-        "reward.functions=[{name: length, weight: 1}]", "groups.performance=raw",
+        changed.path, *LORA, "ppo.steps=5", "reward.model_weight=0", "model.critic=policy",
+        "reward.functions=[{function: length, most: 5}]", "groups.performance=raw",
     )  # fmt: skip
     with pytest.raises(CheckpointError, match=r"step_3: was trained on the weights \w{8} of .*sft"):
-        registry.run("ppo", config, run, True)
+        registry.run("ppo", config, changed, True)
 
 
 def test_an_adapter_that_is_not_finite_stays_as_it_is(done):

@@ -24,7 +24,7 @@ PROMPTS = [[5, 6, 11, 12, 13, 3], [7, 5, 14, 11, 3], [5, 8, 11, 12, 3], [5, 6, 1
 class Recorder:
     """In vLLM's place: notes what is asked of it; a request's seed decides its answer."""
 
-    can_sleep, longest = True, 20
+    can_sleep, longest, takes_adapters = True, 20, False
 
     def __init__(self):
         self.calls, self.weights, self.requests = [], {}, []
@@ -243,7 +243,7 @@ def test_ranks_share_the_prompts_and_all_know_all_answers(tmp_path, share):
 
 def gathered_in_buckets(output, size):
     config = tiny.config(output, "model.dtype=bfloat16")
-    whole = dict(loading._policy("toy", config).model.named_parameters())
+    whole = dict(loading.causal("toy", config, trained=True).named_parameters())
     policy = loading.load_policy("toy", config)
     alive = {}  # buckets that a consumer of one tensor at a time keeps alive
     seen = []

@@ -109,7 +109,10 @@ def unbroken(tmp_path_factory):
 
 def results(folder):
     run = RunFolder(folder)
-    weights = {m: load_file(run.model(m) / "model.safetensors") for m in ("sft", "rm", "policy")}
+    weights = {
+        name: load_file(next(run.model(name).glob("*model.safetensors")))  # or an adapter's
+        for name in ("sft", "rm", "policy")
+    }
     return tiny.without_times(read_lines(run.metrics)), read_lines(run.samples), weights
 
 
