@@ -317,7 +317,7 @@ def _sampling(
         return cache | ({"policy for sampling": compute * policy.parameters} if sharded else {})
     if card is not None:
         share = rollout.gpu_memory
-        # auto: what is left, as rollout/vllm.gpu_share takes it
+        # auto: what is left, as rollout/room.gpu_share takes it
         taken = ROOM * card - resident if isinstance(share, str) else share * card
         least = compute * policy.parameters / rollout.tensor_parallel + VLLM_LEAST
         return {"vLLM": max(taken, least + _cache(config, policy, 1))}

@@ -2,7 +2,6 @@
 
 import shutil
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,6 +26,7 @@ from trainer.runs.folder import RunFolder
 from trainer.runs.reader import read_index
 from trainer.stages import registry
 
+peft = pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[dev]'")
 LORA = ["lora.rank=4", "lora.alpha=6"]
 EVERYWHERE = "lora.targets=[all-linear,lm_head,embed_tokens]"
 
