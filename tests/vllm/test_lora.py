@@ -74,7 +74,8 @@ def test_merged_weights_arrive(setup):
     for step in (1, 2):
         move(policy)
         engine.sync(policy, step)
-        assert difference(config, policy, engine, generate(engine)) < 1e-4
+        rollout = generate(engine)  # W + BA is rounded otherwise than W x + B A x
+        assert difference(config, policy, engine, rollout, 1e-3) < 1e-3
     engine.sync(reference)
     assert difference(config, reference, engine, generate(engine)) < 1e-4
 
