@@ -199,11 +199,13 @@ def base_of(model: nn.Module) -> Base | None:
     return through.backbone.base if isinstance(through, Use) else None
 
 
-def state_of(model: nn.Module) -> nn.Module | dict[str, Tensor]:
-    """What a checkpoint keeps of a model of ours: all of it, or what is trained beside a base."""
-    if getattr(model, "through", ALONE) is ALONE:
-        return model
-    return {name: p.detach() for name, p in trained(model).items()}
+def kept(**models: nn.Module | None) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint keeps of models that stand on a base: what is trained beside it."""
+    return {
+        name: {inner: p.detach() for inner, p in trained(model).items()}
+        for name, model in models.items()
+        if model is not None and base_of(model)
+    }
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

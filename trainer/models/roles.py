@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.config import Config
 from trainer.models import loading, shared
-from trainer.models.backbone import Use, base_of, state_of
+from trainer.models.backbone import Use, base_of, kept
 from trainer.models.policy import Policy
 from trainer.models.reward import RewardModel
 from trainer.models.saving import save_merged
@@ -62,4 +62,5 @@ def ppo_models(config: Config, run: RunFolder, num_groups: int) -> Models:
 
 def state(name: str, model: nn.Module, optimizer: Optimizer, guard: Guard) -> TrainState:
     """Of a stage that trains one model."""
-    return TrainState({name: state_of(model)}, {name: optimizer}, {"guard": guard}, base_of(model))
+    own = kept(**{name: model})
+    return TrainState({name: model}, {name: optimizer}, {"guard": guard}, base_of(model), own)

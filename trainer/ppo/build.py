@@ -13,7 +13,7 @@ from trainer.batch.types import Prompt
 from trainer.config import Config
 from trainer.data.sources import load_prompts
 from trainer.models import loading, sources
-from trainer.models.backbone import base_of, state_of, trained
+from trainer.models.backbone import base_of, kept, trained
 from trainer.models.critic import Critic
 from trainer.models.policy import Policy
 from trainer.models.roles import Models, ppo_models
@@ -132,7 +132,7 @@ def train_state(actors: Actors, signals: Signals, guard: Guard) -> TrainState:
     """All that the future of a run depends on."""
     critic = actors.critic
     return TrainState(
-        {"policy": state_of(actors.policy), "critic": critic and state_of(critic)},
+        {"policy": actors.policy, "critic": critic},
         {"policy": actors.policy_optimizer, "critic": actors.critic_optimizer},
         {
             "normaliser": signals.normaliser,
@@ -142,4 +142,5 @@ def train_state(actors: Actors, signals: Signals, guard: Guard) -> TrainState:
             "guard": guard,
         },
         base=base_of(actors.policy),
+        adapters=kept(policy=actors.policy, critic=critic),
     )

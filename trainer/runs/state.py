@@ -31,14 +31,15 @@ class TrainState:
 
     def __init__(
         self,
-        models: dict[str, nn.Module | dict[str, Tensor] | None],
+        models: dict[str, nn.Module | None],
         optimizers: dict[str, Stateful | None],
         others: dict[str, Stateful | None] | None = None,
         base: tuple[str, str] | None = None,
+        adapters: dict[str, dict[str, Tensor]] | None = None,
     ) -> None:
-        """A model may be the weights that are trained of it, beside a frozen `base`: its name and
-        its fingerprint."""
-        self.base = base
+        """Of a model on a frozen `base` (name and fingerprint) `adapters` has the weights that are
+        kept: those that are trained."""
+        self.base, self.adapters = base, adapters or {}
         self.step = 0  # steps that are done
         self.models = {name: model for name, model in models.items() if model is not None}
         self.parts: dict[str, Stateful] = {}
@@ -48,7 +49,7 @@ class TrainState:
                     self.parts[f"{kind}.{name}" if kind else name] = part
 
     def state_dict(self) -> dict:
-        weights = {f"model.{name}": _weights(model) for name, model in self.models.items()}
+        weights = {f"model.{name}": self._weights(name) for name in self.models}
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         return {"step": self.step, **weights, **parts}
 
@@ -64,18 +65,19 @@ class TrainState:
 
     def ran_away(self) -> bool:
         """On this rank, without asking the others: a weight is not finite, or absurd."""
-        weights = [w for model in self.models.values() for w in _weights(model).values()]
+        weights = [w for name in self.models for w in self._weights(name).values()]
         local = [parallel.local(w) for w in weights if w.is_floating_point()]
         return not all(bool((w.abs() < ABSURD).all()) for w in local)
 
-
-def _weights(model: nn.Module | dict[str, Tensor]) -> dict[str, Tensor]:
-    """By name, tied ones once. Buffers that are not saved are functions of the configuration."""
-    if isinstance(model, dict):
-        return model
-    saved = model.state_dict(keep_vars=True)
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    return weights | {name: b for name, b in model.named_buffers() if name in saved}
+    def _weights(self, name: str) -> dict[str, Tensor]:
+        """By name, tied ones once. Buffers that are not saved are functions of the
+        configuration."""
+        if name in self.adapters:
+            return self.adapters[name]
+        model = self.models[name]
+        saved = model.state_dict(keep_vars=True)
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        return weights | {name: b for name, b in model.named_buffers() if name in saved}
 
 
 class RandomStates:
