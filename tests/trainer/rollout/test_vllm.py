@@ -39,7 +39,7 @@ class Recorder:
         self.requests += requests
         heard()
         return [
-            Answer([each.seed % 7 + 1] * min(each.limit, 3), [-0.5] * 3, each.seed % 2 == 0)
+            Answer([each.seed % 7 + 1] * min(each.limit, 3), [-0.5] * 3, each.seed % 2 == 0, None)
             for each in requests
         ]
 
