@@ -27,6 +27,9 @@ class Blocks(NamedTuple):
     num_stages: int
     parts: int  # in which an epilogue of many registers takes the columns
     tma: bool  # whether operands are read through descriptors: a product of aligned rows
+    # Whether the loops over tiles and depth become one, so that loads run on from tile to tile. Two
+    # upstream reports say that it can lose on Hopper; bench.gpu times both.
+    flatten: bool = False
 
 
 def blocks(arch: int | str, itemsize: int, products: int, aligned: bool) -> Blocks:
@@ -65,6 +68,11 @@ def arch_of(device: torch.device) -> int | str:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def ptx(x: Tensor) -> bool:
+    """Whether kernels may speak PTX: on a GPU by NVIDIA, and not in the interpreter."""
+    return x.is_cuda and torch.version.hip is None
 
 
 def programs(device: torch.device, items: int) -> int:
@@ -131,6 +139,8 @@ def launch_arguments(
         "DEPTH": block.depth,
         "GROUP": GROUP,
         "TMA": block.tma,
+        "PTX": ptx(x),
+        "FLATTEN": block.flatten,
         "num_warps": block.num_warps,
         "num_stages": block.num_stages,
         **product_arguments("", x, w, block),
@@ -240,6 +250,8 @@ def aot_case(
     constexprs = {
         "SOFTCAP": softcap,
         "PARTS": block.parts,
+        "PTX": isinstance(arch, int),
+        "FLATTEN": block.flatten,
         "ROWS": block.rows,
         "COLS": block.cols,
         "DEPTH": block.depth,

@@ -1,4 +1,4 @@
-"""The Triton half of linear_logprobs: one kernel forward, one kernel and two products backward.
+"""The Triton half of linear_logprobs: two kernels forward, one kernel and two products backward.
 
 Imported when the first kernel is launched. Read downward: forward, backward, cases for
 ahead-of-time compilation.
@@ -10,46 +10,38 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gikernels.backends import grid
 from gikernels.backends.settings import workspace_for
 from gikernels.vocabulary import launch
 from gikernels.vocabulary.head import RowStats, spans
-from gikernels.vocabulary.linear_logprobs_kernels import dlogits_kernel, forward_kernel
+from gikernels.vocabulary.linear_logprobs_kernels import (
+    dlogits_kernel,
+    forward_kernel,
+    merge_kernel,
+)
 
 # --- forward ------------------------------------------------------------------------------------
 
 
-def _splits(row_blocks: int, col_tiles: int, workers: int) -> int:
-    """Into how many parts the vocabulary is cut, so that the last round of work is a full one.
-
-    The longest program takes ceil(items / workers) items of ceil(col_tiles / splits) tiles; one
-    more tile's time an item is for starting and merging. 8192 rows of a vocabulary of 128256 on 132
-    multiprocessors: 72 parts, 245 tiles where 243 would be perfect.
-    """
-
-    def cost(splits: int) -> float:
-        rounds = -(-row_blocks * splits // workers)
-        return rounds * (-(-col_tiles // splits) + 0.1)
-
-    return min(range(1, min(col_tiles, max(64, workers)) + 1), key=cost)
+MERGED_ROWS, MERGED_TILES = 32, 16
+"""Of a program that merges; coalesced reads of 128 bytes."""
 
 
-# Counters that a kernel leaves at zero, so that the forward is one launch and no fill before it.
-# One set for each stream: two streams may be in the same row block at one time.
-_counters: dict[tuple[int | None, int], Tensor] = {}
-
-
-def _arrivals(device: torch.device, row_blocks: int) -> Tensor:
-    # A graph's replays may overlap with the stream that captured it; in the interpreter a kernel
-    # may be interrupted half-way. Both get their own, filled each time.
-    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(row_blocks, dtype=torch.int32, device=device)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _counters or len(_counters[key]) < row_blocks:
-        _counters[key] = torch.zeros(max(1024, row_blocks), dtype=torch.int32, device=device)
-    return _counters[key]
+def _active_blocks(targets: Tensor, ignore_index: int, rows: int) -> tuple[Tensor, Tensor]:
+    """(row blocks) int32, those with a row that is not ignored first and in order; and (1) how many
+    they are. By the device alone: prompts and padding often fill whole blocks, and programs that
+    took blocks in turns would have unequal shares of the others."""
+    blocks = -(-len(targets) // rows)
+    if blocks == 1:
+        one = torch.ones(1, dtype=torch.int32, device=targets.device)
+        return one - 1, one
+    kept = (targets != ignore_index).to(torch.int8)
+    some = F.pad(kept, (0, blocks * rows - len(kept))).view(blocks, rows).amax(1)
+    order = some.argsort(descending=True, stable=True)
+    return order.int(), some.sum(dtype=torch.int32).view(1)
 
 
 def forward(
@@ -64,40 +56,60 @@ def forward(
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
     ignore_index: int,
-    logprobs: Tensor,
-    entropy: Tensor,
-    kl: Tensor,
-    stats: Tensor,
+    logprobs: Tensor,  # (N), like those that follow fp32
+    entropy: Tensor,  # (N)
+    kl: Tensor,  # (N), or empty
+    stats: Tensor,  # (3, N) or (6, N)
 ) -> None:
-    """Fills the last four in one launch."""
+    """Fills the last four: statistics of every tile of logits, a few numbers a row, then their
+    merge. 8192 rows of a vocabulary of 128256 have 501 tiles of 256, 49 MB of such numbers; as many
+    rows at a time as keep them within the workspace."""
     n, v, device = len(hidden), len(weight), hidden.device
-    if n == 0:
-        return
     targets = targets.contiguous()
     bias, temperatures = launch.contiguous(bias), launch.contiguous(temperatures)
     block = launch.blocks_for(hidden, weight, ref_hidden, ref_weight)
-    row_blocks, col_tiles = -(-n // block.rows), -(-v // block.cols)
-    splits = _splits(row_blocks, col_tiles, launch.programs(device, 1 << 30))
-    kept = 4 if ref_hidden is None else 7
+    col_tiles, keep = -(-v // block.cols), 3 if ref_hidden is None else 6
+    wide = launch.GROUP * block.rows
+    most = max(1, workspace_for(device) // (4 * keep * col_tiles) // wide) * wide
     inner, outer = launch.transform_constants(logit_scale, softcap, temperature)
-    with grid.on(device):
-        forward_kernel[(launch.programs(device, row_blocks * splits),)](
-            **launch.launch_arguments(block, hidden, weight, ref_hidden, ref_weight),
-            targets=targets,
-            bias=bias,
-            temperatures=temperatures,
-            partials=torch.empty(splits, kept, n, dtype=torch.float32, device=device),
-            arrivals=_arrivals(device, row_blocks),
-            logprobs=logprobs,
-            entropy=entropy,
-            kl=kl,
-            stats=stats,
-            splits=splits,
-            inner=inner,
-            outer=outer,
-            ignore_index=ignore_index,
-            SOFTCAP=softcap is not None,
-        )
+    for rows in spans(n, most):
+        x, target = hidden[rows], targets[rows]
+        ref_x = None if ref_hidden is None else ref_hidden[rows]
+        blocks, count = _active_blocks(target, ignore_index, block.rows)
+        partials = torch.empty(col_tiles, keep, len(x), dtype=torch.float32, device=device)
+        # A target outside the vocabulary is never met: NaN, not a plausible number.
+        target_z = torch.full((len(x),), torch.nan, dtype=torch.float32, device=device)
+        with grid.on(device):
+            forward_kernel[(launch.programs(device, len(blocks) * col_tiles),)](
+                **launch.launch_arguments(block, x, weight, ref_x, ref_weight),
+                targets=target,
+                bias=bias,
+                temperatures=None if temperatures is None else temperatures[rows],
+                blocks=blocks,
+                count=count,
+                partials=partials,
+                target_z=target_z,
+                inner=inner,
+                outer=outer,
+                SOFTCAP=softcap is not None,
+            )
+            merge_kernel[(-(-len(x) // MERGED_ROWS),)](
+                partials=partials,
+                target_z=target_z,
+                targets=target,
+                logprobs=logprobs[rows],
+                entropy=entropy[rows],
+                kl=kl if ref_x is None else kl[rows],
+                stats=stats[:, rows],
+                N=len(x),
+                col_tiles=col_tiles,
+                stats_n=stats.stride(0),
+                ignore_index=ignore_index,
+                HAS_REF=ref_x is not None,
+                ROWS=MERGED_ROWS,
+                TILES=MERGED_TILES,
+                PTX=launch.ptx(x),
+            )
 
 
 # --- backward -----------------------------------------------------------------------------------
@@ -223,17 +235,27 @@ def aot_cases(arch: int | str) -> Iterator[dict[str, Any]]:
     ]
     outputs = {
         forward_kernel: {
+            "blocks": "*i32",
+            "count": "*i32",
             "partials": "*fp32",
-            "arrivals": "*i32",
-            "logprobs": "*fp32",
-            "entropy": "*fp32",
-            "kl": "*fp32",
-            "stats": "*fp32",
-            "splits": "i32",
-            "ignore_index": "i32",
+            "target_z": "*fp32",
         },
         dlogits_kernel: {"per_row": "*fp32", "dz_n": "i32", "col_start": "i32", "col_end": "i32"},
     }
     for fn, others in outputs.items():
         for name, options in variants:
             yield launch.aot_case(fn, f"{fn.__name__}_{name}", arch, others, **options)
+    merged = dict.fromkeys(("partials", "target_z", "logprobs", "entropy", "kl", "stats"), "*fp32")
+    sizes = dict.fromkeys(("N", "col_tiles", "stats_n", "ignore_index"), "i32")
+    for has_ref in (False, True):
+        yield grid.aot_case(
+            merge_kernel,
+            f"merge_kernel{'_ref' if has_ref else ''}",
+            {**merged, "targets": "*i64", **sizes},
+            {
+                "HAS_REF": has_ref,
+                "ROWS": MERGED_ROWS,
+                "TILES": MERGED_TILES,
+                "PTX": isinstance(arch, int),
+            },
+        )

@@ -6,8 +6,6 @@ imports triton.
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 
@@ -19,19 +17,6 @@ from gikernels.vocabulary import tiles
 # With exp(factor * u) as 2^(rate * u) that is 10 instructions a logit. Natural exponentials of
 # final logits took 15; at 16 an H200, which reads 8 bf16 logits a clock on each of its processors
 # and issues 128 instructions, would no longer wait for memory.
-
-LOG2_E = tl.constexpr(math.log2(math.e))
-
-
-@triton.jit
-def _exp2(x, PTX: tl.constexpr):
-    """2^x, with 0 for results below 2^-126, which cost three more instructions otherwise."""
-    if PTX:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.exp2(x)
 
 
 @triton.jit
@@ -55,14 +40,14 @@ def _absorb(sums, x, ref_x, rate, HAS_REF: tl.constexpr, PTX: tl.constexpr):
     new_peak = tl.maximum(peak, tl.max(x, 1))
     d = _below(peak, new_peak)  # of the old sums, which are 0 where the peak was -inf
     u = _below(x, new_peak[:, None])
-    scale, e = _exp2(rate * d, PTX), _exp2(rate * u, PTX)
+    scale, e = tiles.exp2(rate * d, PTX), tiles.exp2(rate * u, PTX)
     if HAS_REF:
         new_ref_peak = tl.maximum(ref_peak, tl.max(ref_x, 1))
         ref_d = _below(ref_peak, new_ref_peak)
         ref_u = _below(ref_x, new_ref_peak[:, None])
         cross = scale * (cross + total * (d - ref_d)) + tl.sum(e * (u - ref_u), 1)
-        ref_e = _exp2(rate * ref_u, PTX)
-        ref_total = _exp2(rate * ref_d, PTX) * ref_total + tl.sum(ref_e, 1)
+        ref_e = tiles.exp2(rate * ref_u, PTX)
+        ref_total = tiles.exp2(rate * ref_d, PTX) * ref_total + tl.sum(ref_e, 1)
         ref_peak = new_ref_peak
     weighted = scale * (weighted + total * d) + tl.sum(e * u, 1)
     total = scale * total + tl.sum(e, 1)
@@ -176,7 +161,7 @@ def forward_kernel(
             if HAS_REF:
                 ref_x = tl.load(ref_logits + columns * ref_stride_v).to(stat)
                 ref_x = _raw(ref_x, inner, SOFTCAP, NEGATIVE)
-            sums = _absorb(sums, x, ref_x, factor * LOG2_E, HAS_REF, PTX)
+            sums = _absorb(sums, x, ref_x, factor * tiles.LOG2_E, HAS_REF, PTX)
         if whole < last:
             columns = (whole + tile).to(tl.int64)
             inside = columns < last
@@ -186,8 +171,8 @@ def forward_kernel(
             if HAS_REF:
                 ref_x = tl.load(ref_logits + columns * ref_stride_v, mask=inside, other=0).to(stat)
                 ref_x = tl.where(inside, _raw(ref_x, inner, SOFTCAP, NEGATIVE), float("-inf"))
-            sums = _absorb(sums, x, ref_x, factor * LOG2_E, HAS_REF, PTX)
-        sums = _across_lanes(sums, factor * LOG2_E, HAS_REF)
+            sums = _absorb(sums, x, ref_x, factor * tiles.LOG2_E, HAS_REF, PTX)
+        sums = _across_lanes(sums, factor * tiles.LOG2_E, HAS_REF)
         if SHARED:
             mine = partial + (row * splits + split) * 8
             for i in tl.static_range(6):
@@ -243,7 +228,7 @@ def merge_kernel(
         ref_total = tl.load(mine + 4, mask=there, other=0)
         cross = tl.load(mine + 5, mask=there, other=0)
         sums = (peak, total, weighted, ref_peak, ref_total, cross)
-        sums = _across_lanes(sums, factor * LOG2_E, HAS_REF)
+        sums = _across_lanes(sums, factor * tiles.LOG2_E, HAS_REF)
         _store_row(
             row, sums, target, logits, stride_v, vocab, inner, factor,
             logprobs, entropy, kl, norms, HAS_REF, SOFTCAP, NEGATIVE,
@@ -302,7 +287,7 @@ def backward_kernel(
         x = _raw(x, inner, SOFTCAP, NEGATIVE)
         u = (x - tl.load(norms)) * factor
         log_p = u - tl.load(norms + 1)
-        dz = tiles.dlogits(log_p, columns == target, g, h, tl.load(entropy + row))
+        dz = tiles.dlogits(log_p, columns == target, g, h, tl.load(entropy + row), False)
         if HAS_REF:
             ref_logits += _row_start(row, ref_width, ref_stride_a, ref_stride_b)
             ref_x = tl.load(ref_logits + columns * ref_stride_v, mask=inside, other=0).to(stat)

@@ -56,11 +56,13 @@ def _exps_kernel(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,
+    PTX: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     row_blocks = tl.cdiv(N, ROWS)
     col_tiles = tl.cdiv(V, COLS)
     items = row_blocks * col_tiles
-    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=False):
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLATTEN):
         block, tile = tiles.grouped(item, row_blocks, col_tiles, GROUP)
         row, col = block * ROWS, tile * COLS
         raw = tiles.product_tile(
@@ -68,48 +70,46 @@ def _exps_kernel(
         )
         _store_parts(
             raw, row, col, N, V, S, targets, bias, temperatures, exps, exps_n, segments, target_z,
-            inner, outer, SOFTCAP, PARTS,
+            inner, outer, SOFTCAP, PARTS, PTX,
         )  # fmt: skip
 
 
 @triton.jit
 def _store_parts(
     raw, row, col, N, V, S, targets, bias, temperatures, exps, exps_n, segments, target_z,
-    inner, outer, SOFTCAP: tl.constexpr, PARTS: tl.constexpr,
+    inner, outer, SOFTCAP: tl.constexpr, PARTS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """A part of the columns after the other: all at once would spill."""
     if PARTS == 1:
         _store_exps(
             raw, row, col, N, V, S, targets, bias, temperatures, exps, exps_n, segments, target_z,
-            inner, outer, SOFTCAP,
+            inner, outer, SOFTCAP, PTX,
         )  # fmt: skip
     else:
         left, right = tiles.halves(raw)
         _store_parts(
             left, row, col, N, V, S, targets, bias, temperatures, exps, exps_n, segments, target_z,
-            inner, outer, SOFTCAP, PARTS // 2,
+            inner, outer, SOFTCAP, PARTS // 2, PTX,
         )  # fmt: skip
         _store_parts(
             right, row, col + raw.shape[1] // 2, N, V, S, targets, bias, temperatures, exps, exps_n,
-            segments, target_z, inner, outer, SOFTCAP, PARTS // 2,
+            segments, target_z, inner, outer, SOFTCAP, PARTS // 2, PTX,
         )  # fmt: skip
 
 
 @triton.jit
 def _store_exps(
     raw, row, col, N, V, S, targets, bias, temperatures, exps, exps_n, segments, target_z,
-    inner, outer, SOFTCAP: tl.constexpr,
+    inner, outer, SOFTCAP: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     rows = row + tl.arange(0, raw.shape[0])
     cols = col + tl.arange(0, raw.shape[1])
     row_outer = tiles.row_outer(temperatures, rows, N, outer)
     z = tiles.final_of_raw(raw, bias, cols, V, inner, row_outer, SOFTCAP)
-    z = tl.where((cols < V)[None, :], z, float("-inf"))
+    z = tiles.inside(z, col, V)
     target = tiles.narrow(tl.load(targets + rows, mask=rows < N, other=-1).to(tl.int64), V)
-    here = (target >= col) & (target < col + raw.shape[1])
-    picked = tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
-    tl.store(target_z + rows, picked, mask=here)
-    peak, total, weighted = tiles.tile_stats(z)
+    tiles.store_target(z, col, rows, target, target_z)
+    peak, total, weighted = tiles.tile_stats(z, PTX)
     at = segments + rows.to(tl.int64) * S + col // raw.shape[1]
     plane = tl.full((), 1, tl.int64) * N * S
     some = (rows < N) & (col < V)
@@ -118,7 +118,7 @@ def _store_exps(
     tl.store(at + 2 * plane, weighted, mask=some)
     start = exps + row.to(tl.int64) * exps_n + col
     to = start + ((rows - row)[:, None] * exps_n + (cols - col)[None, :])
-    kept = tl.exp(tiles.below_peak(z, peak)).to(exps.dtype.element_ty)
+    kept = tiles.exp(tiles.below_peak(z, peak), PTX).to(exps.dtype.element_ty)
     tl.store(to, kept, mask=(rows < N)[:, None] & (cols < V)[None, :])
 
 
@@ -140,6 +140,7 @@ def _dlogits_kernel(
     SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr,
     SEGMENT: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """One segment of some rows. Row i is read from source[i], which is i or, where row i has no
     gradient, a row beyond n: nobody writes where another program reads."""
@@ -166,7 +167,7 @@ def _dlogits_kernel(
     is_target = cols[None, :] == tiles.narrow(target, V)[:, None]
     z = tl.where(is_target, target_z, tl.log(e) + segment_peak[:, None])
     log_p = z - peak - log_total
-    grad = tiles.dlogits(log_p, is_target, g_logprob, g_entropy, entropy)
+    grad = tiles.dlogits(log_p, is_target, g_logprob, g_entropy, entropy, PTX)
     slope = tiles.logit_slope(z, inner, outer_row, SOFTCAP)
     grad = tl.where(grad != 0, grad * slope, 0.0)
     tl.store(
@@ -335,6 +336,7 @@ def _dlogits(
             SOFTCAP=head.softcap is not None,
             ROWS=DLOGITS_ROWS,
             SEGMENT=segment,
+            PTX=launch.ptx(exps),
         )
     return dz[:k]
 

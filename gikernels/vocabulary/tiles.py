@@ -16,6 +16,8 @@ is -inf: both add nothing.
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -23,6 +25,27 @@ from gikernels.backends import dispatch
 
 # The interpreter's bf16 dot and bf16 addition return garbage: kernels widen their inputs there.
 INTERPRETED = tl.constexpr(dispatch.interpreting())
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def exp2(x, PTX: tl.constexpr):
+    """2^x, with 0 for results below 2^-126, which cost three more instructions otherwise and are
+    nothing beside a row's total of at least 1. PTX: on a GPU by NVIDIA."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def exp(x, PTX: tl.constexpr):
+    if PTX:
+        return exp2(x * LOG2_E, PTX)
+    else:
+        return tl.exp(x)
 
 
 @triton.jit
@@ -72,67 +95,35 @@ def below_peak(z, peak):
 
 
 @triton.jit
-def merge(peak, total, weighted, other_peak, other_total, other_weighted):
+def merge(peak, total, weighted, other_peak, other_total, other_weighted, PTX: tl.constexpr):
     """The statistics of two sets of columns together; each argument (ROWS)."""
     new_peak = tl.maximum(peak, other_peak)
     d, e = shift(peak, new_peak), shift(other_peak, new_peak)
-    scale, other_scale = tl.exp(d), tl.exp(e)
+    scale, other_scale = exp(d, PTX), exp(e, PTX)
     weighted = scale * (weighted + total * d)
     other_weighted = other_scale * (other_weighted + other_total * e)
     return new_peak, scale * total + other_scale * other_total, weighted + other_weighted
 
 
 @triton.jit
-def tile_stats(z):
+def tile_stats(z, PTX: tl.constexpr):
     """(peak, total, weighted) of one tile z (ROWS, COLS), each (ROWS)."""
     peak = tl.max(z, 1)
     u = below_peak(z, peak)
-    e = tl.exp(u)
+    e = exp(u, PTX)
     # Where u is -inf, e is 0 and 0 * -inf would be NaN. A NaN in u stays NaN through e.
     return peak, tl.sum(e, 1), tl.sum(e * tl.maximum(u, -1e30), 1)
 
 
 @triton.jit
-def absorb(peak, total, weighted, z):
-    """Adds a tile z (ROWS, COLS) to the running statistics (ROWS)."""
-    new_peak = tl.maximum(peak, tl.max(z, 1))
-    d = shift(peak, new_peak)
-    u = below_peak(z, new_peak)
-    e = tl.exp(u)
-    scale = tl.exp(d)
-    weighted = scale * (weighted + total * d) + tl.sum(e * tl.maximum(u, -1e30), 1)
-    return new_peak, scale * total + tl.sum(e, 1), weighted
-
-
-@triton.jit
-def merge_ref(
-    peak, total, ref_peak, ref_total, cross,
-    other_peak, other_total, other_ref_peak, other_ref_total, other_cross,
-):  # fmt: skip
-    """The reference's share of `merge`: new (ref_peak, ref_total, cross); needs the OLD peaks."""
-    new_peak = tl.maximum(peak, other_peak)
-    new_ref = tl.maximum(ref_peak, other_ref_peak)
-    d, e = shift(peak, new_peak), shift(other_peak, new_peak)
-    ref_d, ref_e = shift(ref_peak, new_ref), shift(other_ref_peak, new_ref)
-    cross = tl.exp(d) * (cross + total * (d - ref_d))
-    other_cross = tl.exp(e) * (other_cross + other_total * (e - ref_e))
-    new_total = tl.exp(ref_d) * ref_total + tl.exp(ref_e) * other_ref_total
-    return new_ref, new_total, cross + other_cross
-
-
-@triton.jit
-def absorb_ref(peak, total, ref_peak, ref_total, cross, z, ref_z):
-    """The reference's share of `absorb`: new (ref_peak, ref_total, cross); needs the OLD peak."""
-    new_peak = tl.maximum(peak, tl.max(z, 1))
-    new_ref = tl.maximum(ref_peak, tl.max(ref_z, 1))
-    d, ref_d = shift(peak, new_peak), shift(ref_peak, new_ref)
-    u, ref_u = below_peak(z, new_peak), below_peak(ref_z, new_ref)
-    e = tl.exp(u)
+def tile_stats_ref(z, peak, ref_z, PTX: tl.constexpr):
+    """(ref_peak, ref_total, cross) of one tile of both, each (ROWS); `peak` is z's."""
+    ref_peak = tl.max(ref_z, 1)
+    u, ref_u = below_peak(z, peak), below_peak(ref_z, ref_peak)
+    e = exp(u, PTX)
     # A token that cannot be drawn adds nothing, whatever the reference thinks of it.
-    cross = tl.exp(d) * (cross + total * (d - ref_d)) + tl.sum(
-        tl.where(e > 0, e * (u - ref_u), 0.0), 1
-    )
-    return new_ref, tl.exp(ref_d) * ref_total + tl.sum(tl.exp(ref_u), 1), cross
+    cross = tl.sum(tl.where(e > 0, e * (u - ref_u), 0.0), 1)
+    return ref_peak, tl.sum(exp(ref_u, PTX), 1), cross
 
 
 @triton.jit
@@ -146,19 +137,19 @@ def kl_of(total, ref_total, cross):
 
 
 @triton.jit
-def dlogits(log_p, is_target, g_logprob, g_entropy, entropy):
+def dlogits(log_p, is_target, g_logprob, g_entropy, entropy, PTX: tl.constexpr):
     """d / dz of g_logprob * log p[target] + g_entropy * entropy; g_* and entropy are (ROWS, 1).
 
     d log p[t] / dz_v = 1[v = t] - p_v            d entropy / dz_v = -p_v (log p_v + entropy)
     """
     slope = -g_logprob - g_entropy * (tl.maximum(log_p, -1e30) + entropy)
-    return tl.exp(log_p) * slope + tl.where(is_target, g_logprob, 0.0)
+    return exp(log_p, PTX) * slope + tl.where(is_target, g_logprob, 0.0)
 
 
 @triton.jit
-def dlogits_kl(log_p, log_q, g_kl, kl):
+def dlogits_kl(log_p, log_q, g_kl, kl, PTX: tl.constexpr):
     """d / dz of g_kl * KL(p || q), to be added: dKL / dz_v = p_v (log p_v - log q_v - KL)."""
-    p = tl.exp(log_p)
+    p = exp(log_p, PTX)
     return tl.where(p > 0, p * g_kl * (log_p - log_q - kl), 0.0)
 
 
@@ -235,6 +226,25 @@ def final_of_raw(raw, bias, cols, V, inner, outer, SOFTCAP: tl.constexpr):
     if bias is not None:
         raw += tl.load(bias + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
     return final_logits(raw, inner, outer, SOFTCAP)
+
+
+@triton.jit
+def inside(z, col, V):
+    """-inf beyond the vocabulary, where only its last tile reaches."""
+    if col + z.shape[1] > V:
+        z = tl.where((col + tl.arange(0, z.shape[1]) < V)[None, :], z, float("-inf"))
+    return z
+
+
+@triton.jit
+def store_target(z, col, rows, target, target_z):
+    """A row's own logit, by the one tile that has it: of 128 rows a tile of 256 columns has some in
+    one case of five, and else compares nothing but their numbers."""
+    own = target - col
+    has = (own >= 0) & (own < z.shape[1])
+    if tl.max(has.to(tl.int32), 0) > 0:
+        is_target = tl.arange(0, z.shape[1])[None, :] == own[:, None]
+        tl.store(target_z + rows, tl.sum(tl.where(is_target, z, 0.0), 1), mask=has)
 
 
 @triton.jit

@@ -310,23 +310,54 @@ def test_while_a_graph_is_captured_nobody_waits_for_a_number_of_rows(backend, de
         assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_forward_is_one_launch(device, monkeypatch):
+def test_forward_walks_the_vocabulary_once(device, monkeypatch):
     if not backends()["triton"]:
         pytest.skip(backends()["triton"].reason)
     from gikernels.vocabulary import linear_logprobs_triton as half
 
-    launches, kernel = [], half.forward_kernel
+    launches = []
 
     class Counting:
-        def __getitem__(self, grid):
-            launches.append(grid)
-            return kernel[grid]
+        def __init__(self, kernel):
+            self.kernel = kernel
 
-    monkeypatch.setattr(half, "forward_kernel", Counting())
+        def __getitem__(self, grid):
+            launches.append(self.kernel.__name__)
+            return self.kernel[grid]
+
+    for name in ("forward_kernel", "merge_kernel"):
+        monkeypatch.setattr(half, name, Counting(getattr(half, name)))
     p = problem(device)
     args, keywords = arguments(p, OPTIONS["everything"])
     linear_logprobs(*args, **keywords, backend="triton")
-    assert len(launches) == 1
+    assert launches == ["forward_kernel", "merge_kernel"]
+
+
+@pytest.mark.parametrize("ignored", [range(0), range(70), range(33, 97), range(100)])
+def test_blocks_of_ignored_rows_are_passed_over(device, ignored, monkeypatch):
+    """Whole blocks, in front, in the middle and all of them: what their tiles would have left is
+    not read; and several launches, as a small workspace asks for, are as one."""
+    if not backends()["triton"]:
+        pytest.skip(backends()["triton"].reason)
+    from gikernels.vocabulary import launch
+    from gikernels.vocabulary import linear_logprobs_triton as half
+
+    p = problem(device, n=100)
+    hidden, weight, targets = p["hidden"], p["weight"], p["targets"].clamp(min=0)
+    targets[list(ignored)] = -100
+    rows = launch.blocks_for(hidden, weight).rows
+    blocks, count = half._active_blocks(targets, -100, rows)
+    want = [b for b in range(-(-100 // rows)) if (targets[b * rows : (b + 1) * rows] >= 0).any()]
+    assert blocks[: int(count)].tolist() == want
+    assert sorted(blocks.tolist()) == list(range(-(-100 // rows)))
+    expected = linear_logprobs(hidden, weight, targets, backend="reference")
+    for most in (1 << 30, 1):
+        monkeypatch.setattr(half, "workspace_for", lambda device, most=most: most)
+        monkeypatch.setattr(launch, "GROUP", 1)
+        got = linear_logprobs(hidden, weight, targets, backend="triton")
+        for a, b in zip(got[:2], expected[:2]):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+            assert not a[list(ignored)].any()
 
 
 # --- memory -------------------------------------------------------------------------------------
