@@ -27,6 +27,7 @@ from gikernels.backends.settings import workspace_for
 from gikernels.backends.symbols import changing, settled
 from gikernels.reference import LossOut, stat_dtype
 from gikernels.vocabulary import formed
+from gikernels.vocabulary.formed import denominators
 from gikernels.vocabulary.head import (
     FLOOR,
     Head,
@@ -40,7 +41,6 @@ from gikernels.vocabulary.head import (
     transform_arguments,
     weighted_rows,
 )
-from gikernels.vocabulary.policy_loss_terms import denominators
 from gikernels.vocabulary.totals import Pair, merge_totals, row_temperatures, tile_total
 
 KINDS = ("reverse", "forward", "jsd")

@@ -1,4 +1,4 @@
-"""Losses whose gradients are formed in the forward: what their backwards share.
+"""Losses whose gradients are formed in the forward: what they share.
 
 The upstream gradient of a scalar is a factor, so the backward only multiplies. A second backward
 through the same graph finds the gradients handed out, and computes them again.
@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gikernels.backends.symbols import scalar
+
 BLOCK = 1 << 16  # numbers that are multiplied at once
 
 
@@ -23,6 +25,21 @@ class Places(NamedTuple):
     backend: int
     wanted: int
     gradients: int  # among the outputs, the first of three
+
+
+def denominators(
+    denom: float | Tensor, mask: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """One for all rows, and what share of it each row counts, where rows have their own: gradients
+    of fp16 are divided by the one at the end, as they would underflow before."""
+    if not isinstance(denom, Tensor):
+        return scalar(denom, mask, dtype), None
+    denom = denom.detach().to(mask.device, dtype)
+    if denom.dim() == 0:
+        return denom, None
+    own = denom.masked_fill(~mask, torch.inf)
+    least = torch.cat([own, own.new_full((1,), torch.finfo(torch.float32).max)]).amin()
+    return least, least / own
 
 
 def saved_dtype(weight: Tensor) -> torch.dtype:
@@ -109,9 +126,9 @@ def scaled(
     # What torch.compile traces is no plain tensor; there the compiler decides what is in place.
     in_place = in_place and gradient.dtype == dtype and type(gradient) is Tensor
     if in_place and backend == "triton":
-        from gikernels.vocabulary import policy_loss_triton
+        from gikernels.vocabulary import formed_triton
 
-        return policy_loss_triton.scale_(gradient, factor)
+        return formed_triton.scale_(gradient, factor)
     # One dimension more than a number has, so that an fp32 factor is not rounded to bf16 first.
     factor = factor.reshape((1,) * gradient.dim())
     if in_place:

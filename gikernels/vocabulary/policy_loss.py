@@ -25,7 +25,7 @@ from gikernels.backends import checks, dispatch
 from gikernels.backends.symbols import as_tensors, changing, scalar, settled
 from gikernels.reference import LossOut, Support, TokenStats, stat_dtype
 from gikernels.vocabulary import formed, policy_loss_torch
-from gikernels.vocabulary.formed import saved_dtype
+from gikernels.vocabulary.formed import denominators, saved_dtype
 from gikernels.vocabulary.head import (
     Head,
     Kept,
@@ -41,7 +41,6 @@ from gikernels.vocabulary.policy_loss_terms import (
     METRICS,
     Recipe,
     Tokens,
-    denominators,
 )
 from gikernels.vocabulary.split import local_head
 from gikernels.vocabulary.support import support_arguments

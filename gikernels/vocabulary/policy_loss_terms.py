@@ -9,7 +9,6 @@ from torch import Tensor
 
 from gikernels import reference
 from gikernels.backends import dispatch
-from gikernels.backends.symbols import scalar
 
 METRICS = ("policy", "ratio", "clipfrac", "approxkl", "entropy", "kl")
 
@@ -91,21 +90,6 @@ class Recipe(NamedTuple):
             cost = kl if tokens.kl_coefs is None else kl * tokens.kl_coefs
             loss = loss + self.kl_coef * mean(cost)
         return loss, torch.stack(values)
-
-
-def denominators(
-    denom: float | Tensor, mask: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """One for all rows, and what share of it each row counts, where rows have their own: gradients
-    of fp16 are divided by the one at the end, as they would underflow before."""
-    if not isinstance(denom, Tensor):
-        return scalar(denom, mask, dtype), None
-    denom = denom.detach().to(mask.device, dtype)
-    if denom.dim() == 0:
-        return denom, None
-    own = denom.masked_fill(~mask, torch.inf)
-    least = torch.cat([own, own.new_full((1,), torch.finfo(torch.float32).max)]).amin()
-    return least, least / own
 
 
 def active_rows(slope: Tensor, recipe: Recipe) -> Tensor:

@@ -177,20 +177,6 @@ def _dlogits_kernel(
     )
 
 
-@triton.jit
-def _scale_kernel(
-    x,  # (size) in and out
-    by,  # (1)
-    size,
-    BLOCK: tl.constexpr,
-):
-    factor = tl.load(by).to(tl.float32)
-    if factor != 1:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(x + at, mask=at < size, other=0).to(tl.float32)
-        tl.store(x + at, (value * factor).to(x.dtype.element_ty), mask=at < size)
-
-
 # --- the loop over chunks -----------------------------------------------------------------------
 
 
@@ -341,21 +327,6 @@ def _dlogits(
     return dz[:k]
 
 
-SCALE_BLOCK = 4096
-
-
-def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient *= factor, in memory that is read and written only where the factor is not 1, as it
-    is for loss.backward(): of a bf16 dW of 128256 x 4096 that is 2.1 GB. Nobody waits for it."""
-    assert gradient.is_contiguous()
-    if gradient.numel():
-        with grid.on(gradient.device):
-            _scale_kernel[(-(-gradient.numel() // SCALE_BLOCK),)](
-                x=gradient, by=factor, size=gradient.numel(), BLOCK=SCALE_BLOCK
-            )
-    return gradient
-
-
 # --- ahead-of-time compilation ------------------------------------------------------------------
 
 
@@ -366,9 +337,6 @@ def aot_cases(arch: int | str) -> Iterator[dict[str, Any]]:
         ("bf16_softcap_bias", {"softcap": True, "bias": True}),
         ("fp32", {"dtype": "fp32"}),
     ]
-    yield grid.aot_case(
-        _scale_kernel, "scale_bf16", {"x": "*bf16", "size": "i32"}, {"BLOCK": SCALE_BLOCK}
-    )
     for name, options in variants:
         dtype = options.get("dtype", "bf16")
         block = launch.blocks(arch, 4 if dtype == "fp32" else 2, 1, True)
