@@ -43,6 +43,56 @@ def _part_stats(
 
 
 @triton.jit
+def _part_stats_ref(
+    raw, ref_raw, col, N, V, rows, target, bias, inner, row_outer, target_z,
+    SOFTCAP: tl.constexpr, PARTS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """(peak, total, weighted, ref_peak, ref_total, cross) of a tile of products of both."""
+    if PARTS == 1:
+        cols = col + tl.arange(0, raw.shape[1])
+        z = tiles.final_of_raw(raw, bias, cols, V, inner, row_outer, SOFTCAP)
+        z = tiles.inside(z, col, V)
+        tiles.store_target(z, col, rows, target, target_z)
+        ref_z = tiles.final_of_raw(ref_raw, None, cols, V, inner, row_outer, SOFTCAP)
+        ref_z = tiles.inside(ref_z, col, V)
+        peak, total, weighted = tiles.tile_stats(z, PTX)
+        ref_peak, ref_total, cross = tiles.tile_stats_ref(z, peak, ref_z, PTX)
+    else:
+        left, right = tiles.halves(raw)
+        ref_left, ref_right = tiles.halves(ref_raw)
+        peak, total, weighted, ref_peak, ref_total, cross = _part_stats_ref(
+            left, ref_left, col, N, V, rows, target, bias, inner, row_outer, target_z, SOFTCAP,
+            PARTS // 2, PTX,
+        )  # fmt: skip
+        other_peak, other_total, other_weighted, other_ref_peak, other_ref_total, other_cross = (
+            _part_stats_ref(
+                right,
+                ref_right,
+                col + raw.shape[1] // 2,
+                N,
+                V,
+                rows,
+                target,
+                bias,
+                inner,
+                row_outer,
+                target_z,
+                SOFTCAP,
+                PARTS // 2,
+                PTX,
+            )  # fmt: skip
+        )
+        ref_peak, ref_total, cross = tiles.merge_ref(
+            peak, total, ref_peak, ref_total, cross,
+            other_peak, other_total, other_ref_peak, other_ref_total, other_cross, PTX,
+        )  # fmt: skip
+        peak, total, weighted = tiles.merge(
+            peak, total, weighted, other_peak, other_total, other_weighted, PTX
+        )
+    return peak, total, weighted, ref_peak, ref_total, cross
+
+
+@triton.jit
 def _store_partial(partials, tile, index, KEEP: tl.constexpr, rows, N, value):
     tl.store(partials + (tile * KEEP + index).to(tl.int64) * N + rows, value, mask=rows < N)
 
@@ -75,6 +125,7 @@ def forward_kernel(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
+    STAT_PARTS: tl.constexpr,
     FLATTEN: tl.constexpr,
     ref_x=None,  # (N, D')
     ref_w=None,  # (V, D')
@@ -102,25 +153,21 @@ def forward_kernel(
         target = tiles.narrow(target, V)
         row_outer = tiles.row_outer(temperatures, rows, N, outer)
         if ref_x is not None:
-            cols = col + tl.arange(0, COLS)
             ref_z = tiles.product_tile(
                 ref_x, ref_w, row, col, N, V, ref_D, ref_x_n, ref_x_d, ref_w_v, ref_w_d,
                 ROWS, COLS, DEPTH, TMA, ref_PRECISION,
             )  # fmt: skip
-            z = tiles.final_of_raw(z, bias, cols, V, inner, row_outer, SOFTCAP)
-            z = tiles.inside(z, col, V)
-            tiles.store_target(z, col, rows, target, target_z)
-            ref_z = tiles.final_of_raw(ref_z, None, cols, V, inner, row_outer, SOFTCAP)
-            ref_z = tiles.inside(ref_z, col, V)
-            peak, total, weighted = tiles.tile_stats(z, PTX)
-            ref_peak, ref_total, cross = tiles.tile_stats_ref(z, peak, ref_z, PTX)
+            peak, total, weighted, ref_peak, ref_total, cross = _part_stats_ref(
+                z, ref_z, col, N, V, rows, target, bias, inner, row_outer, target_z, SOFTCAP,
+                STAT_PARTS, PTX,
+            )  # fmt: skip
             _store_partial(partials, tile, 3, KEEP, rows, N, ref_peak)
             _store_partial(partials, tile, 4, KEEP, rows, N, ref_total)
             _store_partial(partials, tile, 5, KEEP, rows, N, cross)
         else:
             peak, total, weighted = _part_stats(
                 z, col, N, V, rows, target, bias, inner, row_outer, target_z, SOFTCAP,
-                2 if SOFTCAP else 1, PTX,
+                STAT_PARTS, PTX,
             )  # fmt: skip
         _store_partial(partials, tile, 0, KEEP, rows, N, peak)
         _store_partial(partials, tile, 1, KEEP, rows, N, total)

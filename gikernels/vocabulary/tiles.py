@@ -106,6 +106,21 @@ def merge(peak, total, weighted, other_peak, other_total, other_weighted, PTX: t
 
 
 @triton.jit
+def merge_ref(
+    peak, total, ref_peak, ref_total, cross,
+    other_peak, other_total, other_ref_peak, other_ref_total, other_cross, PTX: tl.constexpr,
+):  # fmt: skip
+    """The reference's share of `merge`: new (ref_peak, ref_total, cross); needs the OLD peaks."""
+    new_peak, new_ref = tl.maximum(peak, other_peak), tl.maximum(ref_peak, other_ref_peak)
+    d, e = shift(peak, new_peak), shift(other_peak, new_peak)
+    ref_d, ref_e = shift(ref_peak, new_ref), shift(other_ref_peak, new_ref)
+    cross = exp(d, PTX) * (cross + total * (d - ref_d))
+    other_cross = exp(e, PTX) * (other_cross + other_total * (e - ref_e))
+    new_total = exp(ref_d, PTX) * ref_total + exp(ref_e, PTX) * other_ref_total
+    return new_ref, new_total, cross + other_cross
+
+
+@triton.jit
 def tile_stats(z, PTX: tl.constexpr):
     """(peak, total, weighted) of one tile z (ROWS, COLS), each (ROWS)."""
     peak = tl.max(z, 1)

@@ -492,7 +492,8 @@ def test_flat_rows_are_padded_in_bounded_runs(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counted by the profiler there")
-def test_two_launches(monkeypatch):
+def test_three_launches(monkeypatch):
+    """The vocabulary's tiles, their merge, and all of the experience."""
     from triton.runtime import interpreter
 
     launched = []
@@ -505,7 +506,7 @@ def test_two_launches(monkeypatch):
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", counting)
     keywords = grouped({"norm": "group"}, 4)
     gk.linear_experience(*packed(), 0.1, backend="triton", **keywords)
-    assert len(launched) == 2, launched
+    assert launched == ["forward_kernel", "merge_kernel", "experience_kernel"]
     launched.clear()
     gk.experience(*batch(), 0.1, backend="triton", **grouped({"norm": "group"}, 6))
     assert len(launched) == 1, launched
@@ -659,7 +660,7 @@ def test_gpu_streams_graphs_and_ids_out_of_range():
 
 
 @pytest.mark.gpu
-def test_gpu_two_launches():
+def test_gpu_three_launches():
     n, d, v = 4096, 512, 32768
     hidden = torch.randn(n, d, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(v, d, device="cuda", dtype=torch.bfloat16) / d**0.5
@@ -675,7 +676,8 @@ def test_gpu_two_launches():
         torch.cuda.synchronize()
     names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     ours = [x for x in names if not any(y in x for y in ("gemm", "cublas", "nvjet", "cutlass"))]
-    assert len(ours) <= 2, names
+    kernels = [x for x in ours if "kernel" in x and "at::" not in x]
+    assert len(kernels) <= 3, names  # beside PyTorch's, which sort row blocks: a few numbers
 
 
 def test_threads_do_not_change_a_bit():
