@@ -64,23 +64,12 @@ def _part_stats_ref(
             left, ref_left, col, N, V, rows, target, bias, inner, row_outer, target_z, SOFTCAP,
             PARTS // 2, PTX,
         )  # fmt: skip
+        other = _part_stats_ref(
+            right, ref_right, col + raw.shape[1] // 2, N, V, rows, target, bias, inner, row_outer,
+            target_z, SOFTCAP, PARTS // 2, PTX,
+        )  # fmt: skip
         other_peak, other_total, other_weighted, other_ref_peak, other_ref_total, other_cross = (
-            _part_stats_ref(
-                right,
-                ref_right,
-                col + raw.shape[1] // 2,
-                N,
-                V,
-                rows,
-                target,
-                bias,
-                inner,
-                row_outer,
-                target_z,
-                SOFTCAP,
-                PARTS // 2,
-                PTX,
-            )  # fmt: skip
+            other
         )
         ref_peak, ref_total, cross = tiles.merge_ref(
             peak, total, ref_peak, ref_total, cross,
