@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup test test-vllm test-verl lint types unit attack train reasoning smollm test-smollm bench evidence \
+.PHONY: help setup test test-slow test-vllm test-verl lint types unit attack train reasoning smollm test-smollm bench evidence \
 	dist docs ci-lint format clean
 
 help: ## this list
@@ -28,6 +28,9 @@ types: setup ## mypy
 # Two workers of one thread each: the tests are many and small.
 unit: setup ## the tests alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-slow: setup ## what takes half a minute or more a test: every launch dry-run, kernels emulated ...
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 # Kills, flipped bits, mutated inputs, full disks, at random: what was tried and what was survived.
 MINUTES ?= 10

@@ -24,6 +24,7 @@ def gpp() -> str:
 @pytest.mark.parametrize(
     ("sanitizer", "problems"), [("address,undefined", 120), ("thread", 40)], ids=["memory", "races"]
 )
+@pytest.mark.slow
 def test_the_kernels_give_the_cpus_bits(sanitizer, problems, tmp_path):
     """Values, ties, weights, min_size, bad rows; one CTA and the grid; shared memory or none left.
 

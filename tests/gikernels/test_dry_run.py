@@ -27,6 +27,7 @@ def run(tmp_path_factory):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_every_launch_compiles_and_fits(run):
     """Proved able to fail: a chunk of one row did not compile in linear_policy_loss."""
     failed = [r for r in run["records"] if "error" in r]
@@ -35,6 +36,7 @@ def test_every_launch_compiles_and_fits(run):
     assert all(r["launches"] for r in run["records"])
 
 
+@pytest.mark.slow
 def test_sizes_that_change_compile_nothing_again(run):
     assert not run["again"]
 

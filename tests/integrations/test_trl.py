@@ -380,6 +380,7 @@ def test_trainers_built_in_patched_carry_our_head(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.slow
 def test_peak_memory_of_a_grpo_step_is_at_most_half_of_trls(monkeypatch):
     """V = 32768, 8 sequences of 128 tokens: the peak of the whole process, imports included."""
     from bench.training.integrations import Size, measure

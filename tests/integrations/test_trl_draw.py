@@ -108,6 +108,7 @@ def two_ranks(folder):
     )
 
 
+@pytest.mark.slow
 def test_two_ranks_draw_the_same_and_share_a_batch(tmp_path):
     from tests.integrations.tiny import qwen
 

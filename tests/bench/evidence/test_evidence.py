@@ -339,6 +339,7 @@ def processes_of(folder):
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+@pytest.mark.slow
 def test_a_killed_study_goes_on_and_a_failed_arm_does_not_stop_the_others(tmp_path):
     folder = tmp_path / "study"
     first = start(folder)

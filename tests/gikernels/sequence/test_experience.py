@@ -158,6 +158,7 @@ def test_strided_inputs_and_fresh_outputs(backend, device):
 @pytest.mark.parametrize(
     ("gamma", "lam"), [(1, 1), (0.99, 0.9), (0.9, 0.25), (1, 1e-4), (1, 0), (0, 0.5)]
 )
+@pytest.mark.slow
 def test_gae_of_several_blocks_at_any_decay(gamma, lam, offset, device):
     """Where gamma * lam is small a kernel must not divide by it. Holes, rows of none and of one."""
     s, t = 6, 2100

@@ -251,6 +251,7 @@ def test_bfloat16_on_two_ranks(base, tmp_path):
     assert metrics["rollout/logprob_diff_max"] < 0.1
 
 
+@pytest.mark.slow
 def test_torchrun_goes_on_from_the_newest_checkpoint_when_a_rank_dies(tmp_path):
     script = tmp_path / "main.py"
     script.write_text(

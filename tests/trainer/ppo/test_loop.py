@@ -502,6 +502,7 @@ def test_final_table(plain_run):
 # --- baselines ---
 
 
+@pytest.mark.slow
 def test_baselines_are_whole_runs_beside_the_main_one(fresh):
     plain = "baselines={ppo: [groups.inference=none]}"
     config, run = fresh("ppo.steps=1", "groups.focus=0", plain)
