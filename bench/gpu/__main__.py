@@ -157,6 +157,7 @@ def prove(
 
     def in_a_process(stage: Stage, limit: float) -> runner.Ending:
         line = [sys.executable, "-m", "bench.gpu.worker", stage.name, "--folder", str(folder)]
+        line += ["--parent", str(os.getpid())]
         line += ["--device", args.device, "--limit", f"{limit:.0f}"]
         return runner.launch(line, limit, folder / f"{stage.name}.log", environment())
 
