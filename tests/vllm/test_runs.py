@@ -179,7 +179,7 @@ TOY = [
     "sft.steps=150",
     "rm.steps=80",
     "rm.pairs=2048",
-    "ppo.steps=30",
+    "ppo.steps=40",
     "eval.every=5",
     "eval.samples_per_domain=64",
     "trainer.progress=false",
@@ -196,8 +196,9 @@ def stages(output, command, settings):
 
 
 def test_the_toy_run_learns_what_it_learns_with_the_other_engine(tmp_path):
-    """Proxy over the run, against the same reward model. Single evaluations scatter by a fifth of
-    what PPO gains; an engine that samples from anything else gains nothing, or is found out."""
+    """Proxy over the second half of the run, against the same reward model. Single evaluations
+    scatter by a fifth of what PPO gains, and so do processors that round otherwise; an engine that
+    samples from anything else gains nothing, or is found out."""
 
     def child(*arguments):
         return children.wait([children.start(stages, *arguments)], PATIENCE)[0]
@@ -210,7 +211,7 @@ def test_the_toy_run_learns_what_it_learns_with_the_other_engine(tmp_path):
         run.config.unlink(missing_ok=True)
         assert child(run.path, "ppo", [f"rollout.engine={engine}"]) == 0
         (before,) = evaluations(run, "sft")
-        after = [line["eval/proxy"] for line in evaluations(run, "policy")[1:]]
+        after = [line["eval/proxy"] for line in evaluations(run, "policy")[4:]]
         gains[engine] = sum(after) / len(after) - before["eval/proxy"]
     assert gains["hf"] > 0.1
     assert gains["vllm"] == pytest.approx(gains["hf"], rel=0.5)
