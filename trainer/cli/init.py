@@ -18,7 +18,7 @@ from pathlib import Path
 from trainer import config as settings
 from trainer.cli import hub
 from trainer.cli.data import Found, look
-from trainer.cli.memory import PUBLISHED, Shape, at_once, estimate, published, shape_of
+from trainer.cli.memory import PUBLISHED, Shape, plan, published, shape_of
 from trainer.config import Config, ConfigError
 from trainer.data.errors import first_line
 from trainer.runs import files
@@ -88,39 +88,51 @@ Settings = dict[str, object]
 """section.key -> value."""
 
 
+ADAPTERS: Settings = {
+    "lora.rank": 32,
+    "lora.alpha": 64.0,
+    "sft.lr": 1e-4,
+    "rm.lr": 1e-4,
+    "ppo.lr": 2e-5,
+    "ppo.critic_lr": 1e-4,
+}
+"""Ten times the learning rates of all weights, and more."""
+
+
 def ladder(gpus: int) -> list[Settings]:
-    """The most comfortable first. What is further down costs time, or cannot be undone later."""
+    """The most comfortable first. What is further down costs time; below all weights in 32 bits it
+    is another run: moments of 8 bits, then adapters, then adapters on a base of 4 bits."""
     sizes = (16384, 8192, 4096, 2048)
     plain: list[Settings] = [{"trainer.tokens_per_microbatch": size} for size in sizes[:3]]
     recomputed: list[Settings] = [
         {"model.gradient_checkpointing": True, "trainer.tokens_per_microbatch": size}
         for size in sizes
     ]
-    small = {**recomputed[-1], "rollout.batch": 16}
-    steps = [*plain, *recomputed, small]
-    if gpus:  # the CPU's memory is another one
-        steps.append({**small, "model.offload_reference": True})
-    return steps
+    small: Settings = {**recomputed[-1], "rollout.batch": 16}
+    if not gpus:
+        return [*plain, *recomputed, small]
+    away: Settings = {**small, "model.offload_reference": True}
+    lean: Settings = {**away, "trainer.optimizer": "adamw8bit"}
+    adapters = [{**step, **ADAPTERS} for step in (*recomputed[1:], small)]
+    four_bits: Settings = {"lora.quantize": "nf4", "rollout.engine": "hf"}
+    quantised = [{**step, **four_bits} for step in adapters[1:]]
+    return [*plain, *recomputed, small, away, lean, *adapters, *quantised]
 
 
 def fitting(
     base: Settings, overrides: Sequence[str], there: Machine, policy: Shape
 ) -> tuple[Config, Settings, int]:
     """The first step of the ladder whose plan fits, and the most that any stage of it takes."""
-    least, most_of = None, 0
+    least = None
     for step in ladder(there.gpus):
         chosen = {**base, **step}
         config = configured(chosen, overrides)
         card = there.memory if there.gpus else None
         stages = [stage for stage in config.run.stages if stage != "metarm"]
-        plans = {
-            stage: at_once(config, estimate(config, stage, policy, policy, there.ranks, card))
-            for stage in stages
-        }
-        most_of = max(plans.values())
-        if most_of <= there.usable:
-            return config, chosen, most_of
-        least = most_of if least is None else min(least, most_of)
+        most = plan(config, stages, policy, ranks=there.ranks, card=card).needed
+        if most <= there.usable:
+            return config, chosen, most
+        least = most if least is None else min(least, most)
     wants, whole, usable = (each / GIB for each in (least or 0, there.memory, there.usable))
     raise ConfigError(
         f"does not fit: of the settings that were tried the smallest wants {wants:.1f} GiB on each "
@@ -155,6 +167,7 @@ def write(
     there, policy, found = machine(gpus, gib), shape(model), look(data, model)
     base = {
         "run.ranks": there.ranks,
+        **({"run.memory": round(there.memory / GIB, 1)} if there.gpus else {}),
         "model.policy": model,
         "model.dtype": "bfloat16" if there.gpus else "float32",
         **found.settings(given=overrides),
@@ -185,6 +198,7 @@ WHY = {
     "data.demonstrations": "what the policy first learns to answer like",
     "run.stages": "sft: from demonstrations; rm: the reward model, from pairs; ppo",
     "run.ranks": "what --dry-run plans for",
+    "run.memory": "GiB of each GPU, for the plan",
     "model.dtype": "of compute; trained weights are kept in float32",
     "model.critic": "there is no reward model that it could start from",
     "model.gradient_checkpointing": "less memory, about a third more time",
@@ -195,6 +209,10 @@ WHY = {
     "data.ood_prompts": "prompts unlike those of training; none",
     "reward.model_weight": "no reward model: the functions say what an answer is worth",
     "reward.functions": "right or wrong, against column answer",
+    "lora.rank": "adapters: all weights do not fit",
+    "lora.quantize": "the base in 4 bits (pip install bitsandbytes)",
+    "sft.lr": "adapters want ten times the rate of all weights, and more",
+    "trainer.optimizer": "its moments in 8 bits",
     "rollout.engine": "hf samples with the trainer's own model; vllm is quicker",
     "rollout.batch": "answers sampled together",
     "rollout.max_new_tokens": "longer answers are cut",

@@ -73,13 +73,24 @@ def test_a_smaller_card_gets_what_costs_more_time(tmp_path):
 
 def test_what_cannot_fit_is_said_and_nothing_is_written(tmp_path, capsys):
     pairs = rows(tmp_path / "pairs.jsonl", PAIR)
-    given = ["init", "--model", SEVEN, "--data", pairs, "--gpus", "1", "--memory", "12"]
+    given = ["init", "--model", SEVEN, "--data", pairs, "--gpus", "1", "--memory", "6"]
     assert main(given) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"gi: {SEVEN}: --model: does not fit") and said.count("\n") == 1
     assert not (tmp_path / "config.yaml").exists()
     config = made("--model", SEVEN, "--data", pairs, "--gpus", 8, "--memory", 80)
+    assert not config.lora.active and config.run.memory == 80
     assert plan(config, SEVEN, 80, ranks=8) < 77 * init.GIB and config.run.ranks == 8
+
+
+def test_adapters_where_all_weights_do_not_fit(tmp_path):
+    pairs = rows(tmp_path / "pairs.jsonl", PAIR)
+    given = ("--model", SEVEN, "--data", pairs, "--gpus", 1, "--memory")
+    large, small = (made(*given, gib, output=f"{gib}.yaml") for gib in (48, 16))
+    assert large.lora.active and large.lora.quantize == "none"
+    assert small.lora.active and small.lora.quantize == "nf4" and small.rollout.engine == "hf"
+    assert plan(small, SEVEN, 16) < 13 * init.GIB and small.ppo.lr == 2e-5
+    assert "adapters: all weights do not fit" in (tmp_path / "16.yaml").read_text()
 
 
 def test_what_the_rows_are_is_found_out(tmp_path, capsys):
