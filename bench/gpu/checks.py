@@ -14,7 +14,7 @@ from pathlib import Path
 from bench.gpu.record import FOLDER, STAGE, Missing, Record, Red
 from bench.host.machine import ROOT
 
-PROCESSES = {"triton": 8, "gpu": 4}  # those that only a GPU can run are few and large
+PROCESSES = {"triton": 12, "gpu": 4}  # those that only a GPU can run are few and large
 ON_A_CPU = "group_stats and triton"  # interpreted, so as few as show that the stage works
 
 

@@ -12,14 +12,14 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("versions", 28, "versions, and the two ceilings: a bf16 product and a copy"),
-    Stage("selftest", 56, "python -m gikernels.selftest: every op against float64"),
-    Stage("triton", 58, "the tests of the Triton and CUDA kernels"),
-    Stage("gpu", 34, "the tests that only a GPU can run, but for compute-sanitizer's"),
-    Stage("times", 56, "time, memory and error of the operations, beside plain PyTorch"),
+    Stage("versions", 14, "versions, and the two ceilings: a bf16 product and a copy"),
+    Stage("selftest", 58, "python -m gikernels.selftest: every op against float64"),
+    Stage("triton", 60, "the tests of the Triton and CUDA kernels"),
+    Stage("gpu", 44, "the tests that only a GPU can run, but for compute-sanitizer's"),
+    Stage("times", 58, "time, memory and error of the operations, beside plain PyTorch"),
     Stage("small", 40, "the head of a small model: D = 896"),
-    Stage("peers", 150, "the same operations of others, one after the other"),
-    Stage("training", 150, "training steps of a random 0.5B model, beside TRL's"),
+    Stage("peers", 110, "the same operations of others, one after the other"),
+    Stage("training", 60, "training steps of a random 0.5B model, beside TRL's"),
     Stage("variants", 50, "the forward in other tiles, for who tunes it"),
 )
 CHECKS = ("selftest", "triton", "gpu")

@@ -44,6 +44,8 @@ def times(record: Record, device: str) -> None:
         ("logprobs", (1, 2, 0)),
         ("group_advantages", (0,)),
         ("linear_logprobs_support", (0,)),
+        ("linear_gather_logprobs", (0,)),
+        ("linear_divergence", (0,)),
     ):
         there = list(cases.OPS[op](size))
         for place in places if len(there) > 1 else (0,):

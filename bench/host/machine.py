@@ -18,7 +18,7 @@ PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl", "nump
 
 
 def commit() -> str:
-    """Of the checkout; "no-git" where it has no history or the machine no git."""
+    """Of the checkout; where there is no history or no git, what GIKERNELS_COMMIT says."""
 
     def git(*args: str) -> str:
         try:
@@ -29,7 +29,7 @@ def commit() -> str:
 
     head = git("rev-parse", "--short", "HEAD")
     if not head:
-        return "no-git"
+        return os.environ.get("GIKERNELS_COMMIT", "no-git")
     return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 

@@ -123,9 +123,11 @@ def linear_logprobs_support(size: str) -> Iterator[Case]:
         return {"logprobs": stats.logprobs, "entropy": stats.entropy}
 
     def whole(i: Inputs) -> Callable[[], Any]:
+        leaves = [i[name].detach().requires_grad_() for name in ("hidden", "weight")]
+        own = {**i, "hidden": leaves[0], "weight": leaves[1]}
+
         def run() -> None:
-            stats = peers.gikernels_linear_logprobs(i)
-            leaves = [i["hidden"], i["weight"]]
+            stats = peers.gikernels_linear_logprobs(own)
             torch.autograd.grad(stats["logprobs"].sum() + stats["entropy"].sum(), leaves)
 
         return run

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("reference", "triton", "cuda", "cpp")
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # here, for dynamo cannot trace it
 
 
 class BackendUnavailable(RuntimeError):
@@ -37,13 +38,19 @@ class BackendStatus(NamedTuple):
         return self.available
 
 
+def _constant(function: Callable[..., object]) -> None:
+    """torch.compile asks it once and does not look inside, where there is what it cannot trace. So
+    does torch.compiler.assume_constant_result, which would import the compiler."""
+    function.__dict__["_dynamo_marked_constant"] = True
+
+
 def interpreting() -> bool:
     """Triton reads the variable when a kernel is decorated: set it before the import."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def _triton() -> BackendStatus:
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return BackendStatus(False, "triton is not installed: pip install triton")
     if interpreting():
         return BackendStatus(True, "interpreted on the CPU (TRITON_INTERPRET=1): for tests, slow")
@@ -64,6 +71,16 @@ def backend_status(name: str) -> BackendStatus:
     return _triton() if name == "triton" else _native(name)
 
 
+def _trouble(name: str) -> str:
+    """Why the backend cannot run here; empty where it can."""
+    status = backend_status(name)
+    return "" if status else status.reason
+
+
+for each in (interpreting, _trouble):
+    _constant(each)
+
+
 def backends() -> dict[str, BackendStatus]:
     """What this machine has; for each missing backend, why. `bool(backends()["triton"])` works."""
     return {name: backend_status(name) for name in BACKENDS}
@@ -78,9 +95,7 @@ def exact_fp32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
-# torch.compile cannot trace that attribute. This is torch.compiler.assume_constant_result, which
-# would import the compiler.
-exact_fp32.__dict__["_dynamo_marked_constant"] = True
+_constant(exact_fp32)
 
 
 def capturing(tensor: Tensor) -> bool:
@@ -131,9 +146,8 @@ def choose(backend: str, tensor: Tensor, offers: tuple[str, ...]) -> str:
         raise ValueError(f"backend: got {backend!r}, want 'auto' or one of {offers}")
     if backend not in offers:
         raise BackendUnavailable(f"backend {backend!r}: not for this operation, which has {offers}")
-    status = backend_status(backend)
-    if not status:
-        raise BackendUnavailable(f"backend {backend!r} cannot run here: {status.reason}")
+    if trouble := _trouble(backend):
+        raise BackendUnavailable(f"backend {backend!r} cannot run here: {trouble}")
     if backend in ("triton", "cuda") and not tensor.is_cuda and not _interpreted(backend):
         raise BackendUnavailable(f"backend {backend!r} wants CUDA tensors, got {tensor.device}")
     if backend == "cpp" and tensor.device.type != "cpu":
@@ -150,4 +164,4 @@ def _suits(name: str, tensor: Tensor) -> bool:
     if name == "reference":
         return True
     on_its_device = tensor.device.type == ("cpu" if name == "cpp" else "cuda")
-    return on_its_device and not _interpreted(name) and bool(backend_status(name))
+    return on_its_device and not _interpreted(name) and not _trouble(name)

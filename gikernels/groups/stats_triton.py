@@ -248,9 +248,11 @@ def _many(values: Tensor, group_ids: Tensor, weights: Tensor | None, out: GroupS
     the first start or after the last."""
     n, num_groups, device = len(values), len(out.count), values.device
     cut = _pieces(n, num_groups)
-    ids, order = torch.sort(group_ids, stable=True)
+    # A radix sort passes over the keys once for each of their bytes.
+    narrow = torch.int16 if num_groups < 1 << 15 else torch.int32
+    ids, order = torch.sort(group_ids.clamp(-1, num_groups).to(narrow), stable=True)
     bounds = torch.arange(num_groups + 1, device=device)
-    starts = torch.searchsorted(ids.long(), bounds)
+    starts = torch.searchsorted(ids, bounds.to(narrow))
     first_piece = torch.zeros_like(starts)
     torch.cumsum((starts.diff() + cut["PIECE"] - 1) // cut["PIECE"], 0, out=first_piece[1:])
     most = n // cut["PIECE"] + num_groups

@@ -85,6 +85,7 @@ def parts(
             None if ref_weight is None else Head(ref_weight, None, softcap, logit_scale),
             stats,
             target_u,
+            backend,
         )
     if group:
         stats, target_u = split.merged(stats, target_u, group)
@@ -204,6 +205,7 @@ def _backward_op(
             dx,
             wanted[1],
             db_kept,
+            backend,
         )  # fmt: skip
         dw, db = _sum(dw, dw_kept), _sum(db, db_kept)
     gradients = (dx if dx is None else split.summed_(dx, group), dw, db)

@@ -16,7 +16,7 @@ from gikernels.vocabulary.logprobs_kernels import backward_kernel, forward_kerne
 # A tile is LANES x VEC logits, where VEC of them are one 16-byte load of one thread. Each lane has
 # sums of its own: threads wait for each other once a row, not once a tile.
 LANES = 512
-BACKWARD_BLOCK = 4096
+BACKWARD_BLOCK = 2048  # 1.20 ms at 8192 x 128256 on an H200; 1.47 ms at 4096, 1.24 at 1024
 
 
 def _splits(rows: int, vocab: int, tile: int, device: torch.device) -> tuple[int, int]:

@@ -3,9 +3,10 @@
 A chunk of such rows is padded to the longest: kept ids (n, K) and their logits, -inf where a row
 has fewer. From there on it is a chunk of logits as any other (head.py); only the products differ.
 
-Few ids: their rows of the weight are gathered, and a logit is one dot product. With dz the gradient
-of the kept logits, dX is a sum over a row's ids and dW a sum over an id's rows, both of which
-PyTorch's embedding_bag forms without the (n, K, D) between. The cost is that of the kept ids.
+Few ids: a logit is one dot product with a row of the weight. With dz the gradient of the kept
+logits, dX is a sum over a row's ids and dW a sum over an id's rows. The cost is that of the kept
+ids. In Triton no row is copied (support_triton.py); in PyTorch those of a chunk are gathered for
+the dot products, and embedding_bag forms the sums.
 
 Many ids: the whole vocabulary is multiplied, some rows at a time, so that their logits fit into the
 workspace; the kept ones are picked from it. No (rows x vocabulary) mask ever exists.
@@ -26,8 +27,7 @@ from gikernels.reference import Support
 from gikernels.vocabulary.head import Head, RowGrads, dlogits_, spans, tile_stats_
 
 # A row has few ids where so many times their number is at most the vocabulary. On a CPU, at D 256,
-# a kept id took as long as 85 columns of the whole product. A GPU reads a row of the weight three
-# times for what its tensor cores do 700 times as fast; not measured there.
+# a kept id took as long as 85 columns of the whole product.
 COLUMNS_OF_AN_ID = {"cpu": 64, "cuda": 512}
 
 # --- arguments ----------------------------------------------------------------------------------
@@ -130,6 +130,7 @@ class Chunk(NamedTuple):
     ids: Tensor  # (n, K); 0 where padded
     pad: Tensor  # (n, K) bool
     whole: bool  # whether the whole vocabulary is multiplied
+    triton: bool  # whether a few rows of the weight are, by the kernels
 
     def columns(self, targets: Tensor) -> Tensor:
         """(n) in which column the row's target is; K where it is not kept."""
@@ -144,7 +145,12 @@ def _many(sets: Sets, rows: Tensor, vocab: int) -> Tensor:
 
 
 def chunks(
-    sets: Sets, rows: Tensor, row_bytes: Callable[[int], int], budget: int, whole: bool = False
+    sets: Sets,
+    rows: Tensor,
+    row_bytes: Callable[[int], int],
+    budget: int,
+    whole: bool = False,
+    triton: bool = False,
 ) -> Iterator[Chunk]:
     """The rows that have ids, the longest first, so that little is padded. `row_bytes` says what a
     row of so many ids needs of the budget."""
@@ -159,7 +165,7 @@ def chunks(
         pad = steps >= lengths[start:stop].unsqueeze(1)
         at = (sets.offsets[some].unsqueeze(1) + steps).masked_fill_(pad, len(sets.ids))
         ids = sets.ids[at.clamp(max=len(sets.ids) - 1)].long().masked_fill_(pad, 0)
-        yield Chunk(some, at, ids, pad, whole)
+        yield Chunk(some, at, ids, pad, whole, triton)
         start = stop
 
 
@@ -169,15 +175,15 @@ def id_bytes(dtype: torch.dtype) -> int:
 
 
 def _chunks_of_head(
-    sets: Sets, rows: Tensor, whole: bool, head: Head, dtype: torch.dtype
+    sets: Sets, rows: Tensor, whole: bool, head: Head, dtype: torch.dtype, triton: bool
 ) -> Iterator[Chunk]:
     vocab, depth = head.weight.shape
 
     def row_bytes(ids: int) -> int:
-        product = vocab if whole else 2 * ids * depth
+        product = vocab if whole else depth if triton else 2 * ids * depth
         return ids * id_bytes(dtype) + product * dtype.itemsize
 
-    return chunks(sets, rows, row_bytes, workspace_for(rows.device), whole)
+    return chunks(sets, rows, row_bytes, workspace_for(rows.device), whole, triton)
 
 
 # --- the arithmetic of a chunk ------------------------------------------------------------------
@@ -204,6 +210,10 @@ def _logits(x: Tensor, temperature: Tensor, head: Head, chunk: Chunk) -> Tensor:
         for cols in _slabs(head.weight, dtype):
             z[:, cols] = x @ head.weight[cols].to(dtype).T
         z = z.gather(1, chunk.ids)
+    elif chunk.triton:
+        from gikernels.vocabulary import support_triton
+
+        z = support_triton.dots(x, head.weight, chunk.ids)
     else:
         w = head.weight.index_select(0, chunk.ids.view(-1)).to(dtype)
         z = w.view(*chunk.ids.shape, -1).mul_(x.unsqueeze(1)).sum(2)
@@ -236,11 +246,12 @@ def forward(
     ref_head: Head | None,
     stats: Tensor,  # (3 or 6, N) of RowStats; rows without ids stay as they are
     target_u: Tensor,  # (N) the target's logit minus the peak; likewise
+    backend: str,
 ) -> None:
     """Fills stats and target_u."""
     many = _many(sets, which, len(head.weight))
     for some, whole in ((which[~many], False), (which[many], True)):
-        for chunk in _chunks_of_head(sets, some, whole, head, stats.dtype):
+        for chunk in _chunks_of_head(sets, some, whole, head, stats.dtype, backend == "triton"):
             z, ref_z = _both_logits(rows, head, ref_head, chunk)
             column = chunk.columns(rows.targets)
             row = tile_stats_(z, torch.empty_like(z), ref_z)  # leaves z - peak
@@ -272,6 +283,7 @@ def backward(
     dx: Tensor | None,  # (N, D), in the precision of the statistics; written at `which`
     want_dw: bool,
     db: Tensor | None,  # (V), in the precision of the statistics; added to
+    backend: str,
 ) -> Tensor | None:
     """dW in the weight's precision, or None where it is 0 or not wanted."""
     many = _many(sets, which, len(head.weight))
@@ -279,7 +291,7 @@ def backward(
     dw = None
     if len(few):
         some, ids = rows.pick(few), sets.of(few)
-        dw = _of_few(some, ids, few, head, ref_head, grads.rows(few), dx, want_dw, db)
+        dw = _of_few(some, ids, few, head, ref_head, grads.rows(few), dx, want_dw, db, backend)
     if len(many):
         dw_many = _of_many(rows, sets, many, head, ref_head, grads, dx, want_dw, db)
         dw = dw_many if dw is None or dw_many is None else dw_many.add_(dw)
@@ -296,32 +308,39 @@ def _of_few(
     dx: Tensor | None,
     want_dw: bool,
     db: Tensor | None,
+    backend: str,
 ) -> Tensor | None:
     every = torch.arange(len(places), device=places.device)
     # Padding goes to a place after the last.
     dz = rows.temperature.new_zeros(len(sets.ids) + 1)
-    for chunk in _chunks_of_head(sets, every, False, head, dz.dtype):
+    for chunk in _chunks_of_head(sets, every, False, head, dz.dtype, backend == "triton"):
         dz[chunk.at] = _dlogits(rows, head, ref_head, grads, chunk)
     dz, ids = dz[:-1], sets.ids.long()
     if db is not None:
         _add_at(db, ids, dz)
     if dx is not None:
-        dx[places] = _bags(ids, head.weight, sets.offsets, dz).to(dx.dtype)
+        dx[places] = _bags(ids, head.weight, sets.offsets, dz, dx.dtype, backend)
     if not want_dw:
         return None
     # The same sum, seen from an id: the rows that kept it.
     ids, order = ids.sort(stable=True)
     of = every.repeat_interleave(sets.lengths)[order]
     bounds = torch.searchsorted(ids, torch.arange(len(head.weight) + 1, device=ids.device))
-    return _bags(of, rows.hidden, bounds, dz[order])
+    return _bags(of, rows.hidden, bounds, dz[order], head.weight.dtype, backend)
 
 
-def _bags(ids: Tensor, table: Tensor, offsets: Tensor, factors: Tensor) -> Tensor:
-    """out[i] = sum over the ids of bag i of factor * table[id], in the precision of table."""
+def _bags(
+    ids: Tensor, table: Tensor, offsets: Tensor, factors: Tensor, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """out[i] = sum over the ids of bag i of factor * table[id], in `dtype`."""
+    if backend == "triton":
+        from gikernels.vocabulary import support_triton
+
+        return support_triton.bags(ids, table, offsets, factors, dtype)
     factors = factors.to(table.dtype)
     return F.embedding_bag(
         ids, table, offsets, mode="sum", per_sample_weights=factors, include_last_offset=True
-    )
+    ).to(dtype)
 
 
 def _add_at(out: Tensor, ids: Tensor, values: Tensor) -> None:
@@ -345,7 +364,7 @@ def _of_many(
 ) -> Tensor | None:
     dtype, weight = rows.temperature.dtype, head.weight
     dw = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if want_dw else None
-    for chunk in _chunks_of_head(sets, which, True, head, dtype):
+    for chunk in _chunks_of_head(sets, which, True, head, dtype, False):
         dz = _dlogits(rows, head, ref_head, grads, chunk)
         spread = dz.new_zeros(len(dz), len(weight)).scatter_add_(1, chunk.ids, dz)
         x = rows.hidden[chunk.rows].to(dtype)

@@ -148,7 +148,9 @@ def test_strided_inputs_and_fresh_outputs(backend, device):
     strided = [torch.stack([x, x], -1)[..., 1] for x in dense]
     strided[0], strided[4] = dense[0].T.contiguous().T, dense[4].T.contiguous().T
     a, b = (gk.experience(*x, 0.3, norm="batch", backend=backend) for x in (dense, strided))
-    assert all(torch.equal(x, y) for x, y in zip(a, b))
+    # On a GPU other strides are another kernel, which may sum in another order.
+    same = torch.allclose if device == "cuda" else torch.equal
+    assert all(same(x, y) for x, y in zip(a, b))
     pointers = [x.data_ptr() for x in (*a, *dense)]
     assert len(set(pointers)) == len(pointers)
     assert all(x.is_contiguous() for x in a)

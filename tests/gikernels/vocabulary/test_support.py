@@ -13,6 +13,7 @@ import gikernels
 from gikernels import Support, backends, reference
 from gikernels.backends.settings import workspace
 from gikernels.vocabulary import linear_logprobs_parts, logprobs_support
+from gikernels.vocabulary import support as support_module
 
 NAN, INF = float("nan"), float("inf")
 needs_triton = pytest.mark.skipif(not backends()["triton"], reason=backends()["triton"].reason)
@@ -134,12 +135,17 @@ def test_values_and_gradients(op, dtype, options, device, poisoned_empty):
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_beside_kernels(op, device, poisoned_empty):
-    """Rows without a support are the kernels' own."""
-    p = problem(device, torch.float16, n=9, v=150)
-    got = run(op, OPS[op][0], p, MOST, backend="triton")
-    assert_as_good_as_plain(op, p, MOST, torch.float16, got)
+def test_triton(op, dtype, device, poisoned_empty, monkeypatch):
+    """Rows without a support are the other kernels' own. D that no block divides, many chunks."""
+    monkeypatch.setattr(
+        support_module, "COLUMNS_OF_AN_ID", {"cpu": 6, "cuda": 6}
+    )  # 60 of 400 is a few
+    p = problem(device, dtype, n=9, d=40, v=400)
+    with workspace(60_000):
+        got = run(op, OPS[op][0], p, MOST, backend="triton")
+    assert_as_good_as_plain(op, p, MOST, dtype, got)
 
 
 def assert_as_good_as_plain(op, p, options, dtype, got):
@@ -270,8 +276,9 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kept", [8, 1900])
-def test_what_is_allocated(kept, device):
+def test_what_is_allocated(kept, device, monkeypatch):
     """Never rows x vocabulary: few ids cost what they are, many come in chunks of rows."""
+    monkeypatch.setattr(support_module, "COLUMNS_OF_AN_ID", {"cpu": 64, "cuda": 64})
     n, d, v, size = 200, 4, 2000, 400_000
     g = torch.Generator().manual_seed(0)
     support = Support(*(x.to(device) for x in kept_ids([kept] * n, v, g)))
