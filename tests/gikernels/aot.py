@@ -11,8 +11,8 @@ constexprs, attrs (divisibility hints), and
     main    bool               whether a spilled register is a defect (for the first case of a
                                kernel, its default configuration, and not for the others)
 
-Only first cases are compiled for the GPUs in FIRST_ONLY, or two cores would need a minute; with
---all, all are.
+Only first cases are compiled for the GPUs in FIRST_ONLY, and for sm_100 the others of modules that
+choose their tiles by the GPU; two cores would need a minute for more. With --all, all are.
 
 Whatever else it holds (num_warps, num_stages, maxnreg) are options of the compiler.
 """
@@ -51,9 +51,8 @@ def cases(target: str, every: bool = False) -> list[dict]:
         made = module.aot_cases(TARGETS[target][0].arch) if by_arch else module.aot_cases()
         for case in made:
             first = all(case["fn"] is not other["fn"] for other in found)
-            if target in case.get("archs", TARGETS) and (
-                first or every or target not in FIRST_ONLY
-            ):
+            others = target == "sm_90" or (by_arch and target not in FIRST_ONLY)
+            if target in case.get("archs", TARGETS) and (first or every or others):
                 found.append({"main": first, **case})
     return found
 
