@@ -64,7 +64,8 @@ def make(folder: str, dtype: str = "float32", shape: dict[str, Any] = SHAPE) -> 
     from trainer.config import load
     from trainer.worlds.toy import World
 
-    model = Qwen2ForCausalLM(Qwen2Config(**shape))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen2ForCausalLM(Qwen2Config(**shape))
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     World(load("toy").toy).tokenizer().save_pretrained(folder)
 
