@@ -129,11 +129,15 @@ def scaled(
         from gikernels.vocabulary import formed_triton
 
         return formed_triton.scale_(gradient, factor)
+    if in_place and gradient.device.type == "cpu":  # where nobody waits for the number
+        # It is not rounded to 16 bits first. Most often it is 1, and dW is not read once more.
+        number = factor.item()
+        return gradient if number == 1 else gradient.mul_(number)
     # One dimension more than a number has, so that an fp32 factor is not rounded to bf16 first.
     factor = factor.reshape((1,) * gradient.dim())
     if in_place:
         # PyTorch would make fp32 copies of all of a 16-bit gradient, which at a vocabulary of
-        # 151936 took more time and memory than the loss. A block of them stays in the cache.
+        # 151936 took more time and memory than the loss.
         step = max(1, BLOCK // max(1, gradient[:1].numel()))
         for block in gradient.split(step) if gradient.dtype != factor.dtype else (gradient,):
             torch.mul(block, factor, out=block)

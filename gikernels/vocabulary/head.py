@@ -207,7 +207,9 @@ def spans(size: int, step: int) -> Iterator[slice]:
 def tile_shape(rows: int, cols: int, device: torch.device, elements: int) -> tuple[int, int]:
     """Rows and columns of a chunk of at most `elements` elements; a GPU wants it large."""
     tall, wide = CPU_TILE
-    if device.type != "cpu":
+    if device.type == "cpu":
+        tall *= max(1, wide // max(cols, 1))  # as many numbers of a small vocabulary
+    else:
         tall, wide = elements // wide, max(wide, elements // max(rows, 1))
     tall = max(1, min(tall, rows, elements))
     return tall, max(1, min(wide, cols, elements // tall))
@@ -215,6 +217,12 @@ def tile_shape(rows: int, cols: int, device: torch.device, elements: int) -> tup
 
 def scratch(like: Tensor, elements: int, count: int, dtype: torch.dtype) -> list[Tensor]:
     return [torch.empty(elements, dtype=dtype, device=like.device) for _ in range(count)]
+
+
+def slab(weight: Tensor, wide: int, dtype: torch.dtype) -> Tensor | None:
+    """Where rows of a 16-bit weight become `dtype`: always the same memory, as fresh pages take a
+    CPU ten times as long as the conversion. None where they are that already."""
+    return None if weight.dtype == dtype else weight.new_empty(wide, weight.shape[1], dtype=dtype)
 
 
 def view(buffer: Tensor, rows: slice, cols: slice) -> Tensor:
@@ -242,10 +250,12 @@ class Head(NamedTuple):
     softcap: float | None
     logit_scale: float
 
-    def columns(self, cols: slice, dtype: torch.dtype) -> Head:
-        """The head of a slab of the vocabulary, in the precision of the statistics."""
+    def columns(self, cols: slice, dtype: torch.dtype, spare: Tensor | None = None) -> Head:
+        """The head of a slab of the vocabulary, in the precision of the statistics; see `slab`."""
         bias = None if self.bias is None else self.bias[cols].to(dtype)
-        return self._replace(weight=self.weight[cols].to(dtype), bias=bias)
+        weight = self.weight[cols]
+        weight = weight.to(dtype) if spare is None else spare[: len(weight)].copy_(weight)
+        return self._replace(weight=weight, bias=bias)
 
     def inner(self, temperature: Tensor) -> Tensor:  # (n) -> (n, 1)
         """What x is multiplied by before the product: rows of x are far smaller than logits."""
@@ -258,7 +268,11 @@ class Head(NamedTuple):
 
     def logits(self, x: Tensor, temperature: Tensor, out: Tensor) -> Tensor:
         """Final logits (n, V) in `out`, of x (n, D) and temperature (n)."""
-        z = torch.mm(x * self.inner(temperature), self.weight.T, out=out)
+        inner = self.inner(temperature)
+        if len(self.weight) > x.shape[1]:  # what is smaller is multiplied
+            z = torch.mm(x * inner, self.weight.T, out=out)
+        else:
+            z = torch.mm(x, self.weight.T, out=out).mul_(inner)
         return self.finish_(z, temperature, self.bias)
 
     def finish_(self, z: Tensor, temperature: Tensor, bias: Tensor | None) -> Tensor:

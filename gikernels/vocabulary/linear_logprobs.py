@@ -41,6 +41,7 @@ from gikernels.vocabulary.head import (
     row_grads,
     row_temperature,
     scratch,
+    slab,
     spans,
     temperature_arguments,
     tile_shape,
@@ -77,14 +78,15 @@ def _forward_rows(
     dtype, all_rows = temperature.dtype, slice(0, len(x))
     z, spare, *ref_z = scratch(x, len(x) * wide, 2 if ref_head is None else 3, dtype)
     target_z = torch.full_like(temperature, torch.nan)
-    stats = None
+    stats, own = None, slab(head.weight, wide, dtype)
+    ref_own = None if ref_head is None else slab(ref_head.weight, wide, dtype)
     for cols in spans(len(head.weight), wide):
-        tile = head.columns(cols, dtype).logits(x, temperature, view(z, all_rows, cols))
+        tile = head.columns(cols, dtype, own).logits(x, temperature, view(z, all_rows, cols))
         target_z = pick_target(target_z, tile, targets, cols.start)
         ref_tile = None
         if ref_head is not None and ref_x is not None:
             ref_tile = view(ref_z[0], all_rows, cols)
-            ref_head.columns(cols, dtype).logits(ref_x, temperature, ref_tile)
+            ref_head.columns(cols, dtype, ref_own).logits(ref_x, temperature, ref_tile)
         new = tile_stats_(tile, view(spare, all_rows, cols), ref_tile)
         stats = new if stats is None else merge(stats, new)
     assert stats is not None
@@ -105,7 +107,7 @@ def _forward_chunked(
     logprobs, entropy, kl, stats = (x.zero_() for x in _outputs(hidden, ref_hidden, dtype))
     tall, wide = _tile(len(kept), len(head.weight), hidden, dtype)
     for chunk in spans(len(kept), tall):
-        rows = kept.rows[chunk]
+        rows = chunk if kept.all else kept.rows[chunk]
         target_u, row = _forward_rows(
             hidden[rows].to(dtype),
             targets[rows].long(),
@@ -142,19 +144,21 @@ def _backward_chunked(
     z, spare, *ref_z = scratch(hidden, tall * wide, 2 if ref_head is None else 3, dtype)
     outer = head.outer(temperature)
     back = grads.factor * head.logit_scale / temperature
+    own = slab(head.weight, wide, dtype)
+    ref_own = None if ref_head is None else slab(ref_head.weight, wide, dtype)
     for cols in spans(v, wide):
-        slab = head.columns(cols, dtype)
-        ref_slab = None if ref_head is None else ref_head.columns(cols, dtype)
+        some = head.columns(cols, dtype, own)
+        ref_some = None if ref_head is None else ref_head.columns(cols, dtype, ref_own)
         slab_dw = None if dw is None else accumulator(dw[cols], dtype)
         slab_db = None if db is None else accumulator(db[cols], dtype)
         for rows in spans(n, tall):
             x, t = hidden[rows].to(dtype), temperature[rows]
             ref_tile = None
-            if ref_slab is not None and ref_hidden is not None:
+            if ref_some is not None and ref_hidden is not None:
                 ref_tile = view(ref_z[0], rows, cols)
-                ref_slab.logits(ref_hidden[rows].to(dtype), t, ref_tile)
+                ref_some.logits(ref_hidden[rows].to(dtype), t, ref_tile)
             tile = dlogits_(
-                slab.logits(x, t, view(z, rows, cols)),
+                some.logits(x, t, view(z, rows, cols)),
                 view(spare, rows, cols),
                 ref_tile,
                 grads.rows(rows),
@@ -162,7 +166,7 @@ def _backward_chunked(
                 None if outer is None else outer[rows],
             )
             if dx is not None:
-                dx[rows].addmm_(tile, slab.weight)
+                dx[rows].addmm_(tile, some.weight)
             if slab_dw is not None:
                 slab_dw.addmm_(tile.T, x * back[rows].unsqueeze(1), beta=int(rows.start > 0))
             if slab_db is not None:

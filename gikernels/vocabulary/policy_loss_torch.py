@@ -18,6 +18,7 @@ from gikernels.vocabulary.head import (
     pick_target,
     row_grads,
     scratch,
+    slab,
     spans,
     tile_stats_,
     view,
@@ -38,15 +39,24 @@ def chunked(
     n, v, dtype = len(hidden), len(head.weight), tokens.temperature.dtype
     logprobs, entropy = hidden.new_empty(n, dtype=dtype), hidden.new_empty(n, dtype=dtype)
     # The logits of a chunk of rows; of some columns the exponentials and, with a softcap, slope.
-    wide = min(v, max(1024, v // 8))
-    tall = min(max(n, 1), max(1, workspace_for(hidden.device) // dtype.itemsize // (v + 2 * wide)))
-    # One chunk gives each element of dW in one product, which can be rounded at once.
-    dw_dtype = saved_dtype(head.weight) if tall >= n else dtype
+    # A weight that is converted is converted in the cache.
+    in_cache = hidden.device.type == "cpu" and head.weight.dtype != dtype
+    wide = min(v, 1024 if in_cache else max(1024, v // 8))
+    tall = max(1, workspace_for(hidden.device) // dtype.itemsize // (v + 2 * wide))
+    if hidden.device.type == "cpu":  # many rows of a small vocabulary would leave the cache
+        tall = min(tall, max(1024, (1 << 20) // v))
+    tall = min(max(n, 1), tall)
     shapes = (hidden.shape, head.weight.shape, head.weight.shape[:1])
+    # One chunk gives each element of dW in one product, which can be rounded at once.
+    only = 0 < n <= tall
+    dw_dtype = saved_dtype(head.weight) if only else dtype
     sums = [
-        hidden.new_zeros(shape, dtype=d) if yes else None
-        for shape, d, yes in zip(shapes, (dtype, dw_dtype, dtype), wanted)
+        (hidden.new_empty if only and at == 1 else hidden.new_zeros)(shapes[at], dtype=d)
+        if wanted[at]
+        else None
+        for at, d in enumerate((dtype, dw_dtype, dtype))
     ]
+    own = slab(head.weight, wide, dtype)
     z, spare = scratch(hidden, tall * v, 1, dtype)[0], scratch(hidden, tall * wide, 1, dtype)[0]
     for rows in spans(n, tall):
         x, some = hidden[rows].to(dtype), tokens.rows(rows)
@@ -57,7 +67,7 @@ def chunked(
         ]
         stats, peaks, target_z = None, [], torch.full_like(some.temperature, torch.nan)
         for cols, tile in tiles:
-            head.columns(cols, dtype).logits(x, some.temperature, tile)
+            head.columns(cols, dtype, own).logits(x, some.temperature, tile)
             target_z = pick_target(target_z, tile, some.targets, cols.start)
             new = tile_stats_(tile, view(spare, rows, cols))  # leaves tile - new.peak
             peaks.append(new.peak)
@@ -67,8 +77,9 @@ def chunked(
         entropy[rows] = stats.entropy
         if any(wanted):
             _add_gradients(
-                x, some, logprobs[rows], stats, tiles, peaks, spare, head, recipe, scale, sums, rows
-            )
+                x, some, logprobs[rows], stats, tiles, peaks, spare, own, head, recipe, scale, sums,
+                rows, only,
+            )  # fmt: skip
     return logprobs, entropy, sums
 
 
@@ -80,16 +91,20 @@ def _add_gradients(
     tiles: list[tuple[slice, Tensor]],  # columns, and their logits minus the tile's own peak
     peaks: list[Tensor],  # of the tiles, (n) each
     spare: Tensor,
+    own: Tensor | None,  # a slab for the weight
     head: Head,
     recipe: Recipe,
     scale: Tensor,
     sums: list[Tensor | None],
     rows: slice,  # where the chunk lies in sums[0]
+    only: bool,  # whether no other chunk adds to dW, which is uninitialised then
 ) -> None:
     all_dx, dw, db = sums
     slope = recipe.slope(logprobs, tokens)
     active = active_rows(slope, recipe)
     if len(active) == 0:
+        if only and dw is not None:
+            dw.zero_()
         return
 
     def pick(t: Tensor) -> Tensor:
@@ -104,7 +119,11 @@ def _add_gradients(
     grads = row_grads(pick(tokens.targets), stats, pick(logprobs), g_logprob, g_entropy, None)
     back = grads.factor * head.logit_scale / temperature
     outer = head.outer(temperature)
-    dx = None if all_dx is None else torch.zeros_like(x)
+    everywhere, narrow = len(active) == len(slope), head.weight.shape[0] <= x.shape[1]
+    dx = None
+    if all_dx is not None:
+        dx = all_dx[rows] if everywhere else torch.zeros_like(x)
+    scaled = x if narrow else x * back.unsqueeze(1)
     for (cols, full_tile), full_peak in zip(tiles, peaks):
         tile, peak = pick(full_tile), pick(full_peak)
         if outer is None:
@@ -113,15 +132,19 @@ def _add_gradients(
             shifted = grads
             tile.add_(peak.unsqueeze(1))
         dz = dlogits_(tile, view(spare, slice(0, len(x)), cols), None, shifted, cols.start, outer)
-        if dx is not None:
-            dx.addmm_(dz, head.weight[cols].to(dz.dtype))
-        if dw is not None:
-            scaled = x * back.unsqueeze(1)
-            if dw.dtype == dz.dtype:
-                dw[cols].addmm_(dz.T, scaled)
-            else:  # the only chunk
-                dw[cols] = dz.T @ scaled
         if db is not None:
             db[cols] += weighted_rows(dz, back, view(spare, slice(0, len(x)), cols))
+        if narrow:  # dZ is smaller than x and dX
+            dz.mul_(back.unsqueeze(1))
+        if dx is not None:
+            dx.addmm_(dz, head.columns(cols, dz.dtype, own).weight)
+        if dw is not None:
+            if dw.dtype == dz.dtype:
+                dw[cols].addmm_(dz.T, scaled, beta=int(not only))
+            elif own is not None:  # the only chunk; the slab is free again
+                dw[cols] = torch.mm(dz.T, scaled, out=own[: cols.stop - cols.start])
     if dx is not None and all_dx is not None:
-        all_dx[rows][active] = dx.mul_(back.unsqueeze(1))
+        if not narrow:
+            dx.mul_(back.unsqueeze(1))
+        if not everywhere:
+            all_dx[rows][active] = dx

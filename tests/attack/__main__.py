@@ -13,8 +13,8 @@ from random import Random
 from tests.attack.kinds import KINDS, Lab, Skipped
 
 
-def attack(minutes: float, seed: int, only: str = "") -> tuple[Counter, Counter, list[str]]:
-    """Tried and survived by kind, and what went wrong. 0 minutes: the short form."""
+def attack(minutes: float, seed: int, only: str = "") -> tuple[Counter, Counter, int, list[str]]:
+    """Tried and survived by kind, kills, and what went wrong. 0 minutes: the short form."""
     tried, survived, wrong = Counter(), Counter(), []
     until = time.monotonic() + 60 * minutes
     chosen = {name: each for name, each in KINDS.items() if only in name}
@@ -36,19 +36,20 @@ def attack(minutes: float, seed: int, only: str = "") -> tuple[Counter, Counter,
                         wrong.append(f"{name} (seed {seed}, turn {turn}, {number}): {problem}")
                         print(wrong[-1], file=sys.stderr, flush=True)
             turn += 1
-    return tried, survived, wrong
+    return tried, survived, lab.kills, wrong
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=0, help="0: the short form, a minute")
+    parser.add_argument("--minutes", type=float, default=0, help="at least one turn of all; 0: the short form")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="kinds whose name holds this")
     asked = parser.parse_args()
-    tried, survived, wrong = attack(asked.minutes, asked.seed, asked.only)
+    tried, survived, kills, wrong = attack(asked.minutes, asked.seed, asked.only)
     print(f"seed {asked.seed}\n\n| attack | tried | survived |\n|---|---:|---:|")
     for name in tried:
         print(f"| {name} | {tried[name]} | {survived[name]} |")
+    print(f"\nkills: {kills}")
     return 1 if wrong else 0
 
 

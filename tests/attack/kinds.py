@@ -31,6 +31,7 @@ class Lab:
 
     def __init__(self, place: Path) -> None:
         self.place = place
+        self.kills = 0  # that landed
         self.undisturbed = cache(self._undisturbed)
 
     def _undisturbed(self, name: str, ranks: int) -> tuple[Path, dict, int]:
@@ -68,6 +69,7 @@ def killed(name: str, ranks: int = 1) -> Callable[[Lab, Random], str | None]:
             codes = runs.gi(folder, OVERRIDES[name], *flags, event=event, ranks=ranks, rank=rank)
             if -signal.SIGKILL not in codes:
                 break
+            lab.kills += 1
             flags = ["--resume"] if random.random() < 0.7 else []
         codes = runs.gi(folder, OVERRIDES[name], "--resume", ranks=ranks)
         if codes != [0] * ranks:
@@ -86,7 +88,7 @@ def killed_in_a_finished_run(lab: Lab, random: Random) -> str | None:
     runs.copy(source, folder)
     overrides = [*OVERRIDES["rounds"], f"run.output={folder}"]
     event = random.randint(1, 150)
-    runs.gi(folder, overrides, event=event)
+    lab.kills += runs.gi(folder, overrides, event=event) == [-signal.SIGKILL]
     flag = ["--resume"] if random.random() < 0.7 else []
     codes = runs.gi(folder, overrides, *flag)
     if codes != [0]:
@@ -330,18 +332,19 @@ class Skipped(Exception):
 
 
 KINDS: dict[str, tuple[Callable[[Lab, Random], str | None], int, int]] = {
-    "killed at a change of a file": (killed("ppo"), 2, 1),
-    "killed, with a MetaRM round": (killed("rounds"), 0, 2),
-    "killed, beside a baseline": (killed("baseline"), 0, 1),
-    "killed, on 2 ranks, one of them": (killed("rounds", 2), 0, 1),
-    "killed while it starts over": (killed_in_a_finished_run, 0, 1),
-    "a bit of a file flipped": (bit_flipped("ppo"), 8, 5),
-    "a bit flipped, with a MetaRM round": (bit_flipped("rounds"), 0, 5),
+    "killed at a change of a file": (killed("ppo"), 2, 5),
+    "killed, with a MetaRM round": (killed("rounds"), 0, 6),
+    "killed, beside a baseline": (killed("baseline"), 0, 4),
+    "killed, on 2 ranks, one of them": (killed("rounds", 2), 0, 4),
+    "killed while it starts over": (killed_in_a_finished_run, 0, 4),
+    "a bit of a file flipped": (bit_flipped("ppo"), 8, 20),
+    "a bit flipped, with a MetaRM round": (bit_flipped("rounds"), 0, 20),
     "configurations, mutated": (mutated_config, 60, 100),
     "overrides, mutated": (mutated_override, 60, 100),
     "data, mutated": (mutated_data, 40, 50),
-    "rewards that misbehave": (bad_reward, 1, 2),
-    "a full disk": (full_disk, 1, 1),
-    "two starts in one folder": (two_starts, 1, 1),
+    "rewards that misbehave": (bad_reward, 1, 4),
+    "a full disk": (full_disk, 1, 3),
+    "two starts in one folder": (two_starts, 1, 2),
 }
-"""Name -> (attack, tries in the short form, tries in a round of the long one)."""
+"""Name -> (attack, tries in the short form, tries in a turn of the long one, which has at least 20
+kills)."""

@@ -4,6 +4,6 @@ from tests.attack.__main__ import attack
 
 
 def test_the_short_form_is_survived():
-    tried, survived, wrong = attack(minutes=0, seed=0)
+    tried, survived, _, wrong = attack(minutes=0, seed=0)
     assert not wrong, "\n".join(wrong)
     assert tried == survived and sum(tried.values()) > 150
