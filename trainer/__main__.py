@@ -200,6 +200,7 @@ def _execute(
     from trainer import parallel
     from trainer.models import loading
     from trainer.runs.console import say
+    from trainer.runs.faults import ends_at_sigterm
     from trainer.stages import registry
 
     if config.trainer.deterministic:
@@ -209,8 +210,11 @@ def _execute(
 
         torch.set_num_threads(config.run.threads)
     say(f"on {parallel.describe()}, {loading.describe_attention(config)}")
-    for stage in stages:
-        registry.run(stage, config, run, resume)
+    if config.model.compile:
+        say("model.compile: the first steps of a stage compile, minutes on a CPU")
+    with ends_at_sigterm():
+        for stage in stages:
+            registry.run(stage, config, run, resume)
     if command == "train" and parallel.is_main():
         from trainer import report
 

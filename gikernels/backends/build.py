@@ -7,6 +7,8 @@ A library is looked for in gikernels/lib, where a wheel may bring it and no comp
 then in the cache ($GIKERNELS_CACHE, else $XDG_CACHE_HOME/gikernels, else ~/.cache/gikernels), whose
 file names hold a hash of sources, flags and compiler. What is missing is compiled into the cache,
 under a lock, and moved to its name when whole: processes that race get one library and never half.
+One that was cut or changed since is built again, as to load it could end the process; one that
+belongs to another user is not loaded.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import zlib
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
@@ -120,7 +123,10 @@ def _declare(name: str, loaded: ctypes.CDLL) -> None:
 def cache_dir() -> Path:
     if chosen := os.environ.get("GIKERNELS_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gikernels"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gikernels"
+    except RuntimeError as error:  # neither HOME nor an entry in passwd
+        raise BuildError(f"no place for a cache: {error}; set GIKERNELS_CACHE") from error
 
 
 def present_archs() -> tuple[int, ...]:
@@ -193,20 +199,25 @@ def build(name: str, archs: tuple[int, ...] = (), into: Path | None = None) -> P
         version = subprocess.run([compiler(name), "--version"], capture_output=True, check=False)
         folder, key = cache_dir(), _hash(*_recipe(name), version.stdout)
     target = folder / f"{name}-{key}{suffix}.so"
-    if into is None and target.exists():
-        return target
     try:
+        if into is None and _whole(target):
+            return target
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{target.stem}.lock", "w") as lock:
+        # Nothing is truncated, and no link of somebody else's followed.
+        how = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        lock = os.open(folder / f"{target.stem}.lock", how, 0o600)
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if into is not None or not target.exists():
-                _compile(name, archs, target)
+            if into is not None or not _whole(target):
+                _compile(name, archs, target, marked=into is None)
+        finally:
+            os.close(lock)
     except OSError as error:
         raise BuildError(f"cannot build in {folder}: {error}; set GIKERNELS_CACHE") from error
     return target
 
 
-def _compile(name: str, archs: tuple[int, ...], target: Path) -> None:
+def _compile(name: str, archs: tuple[int, ...], target: Path, marked: bool) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         half = Path(scratch) / target.name
         run = command(name, archs, half)
@@ -214,7 +225,27 @@ def _compile(name: str, archs: tuple[int, ...], target: Path) -> None:
         if done.returncode:
             said = (done.stderr + done.stdout).strip()
             raise BuildError(f"{' '.join(run)} failed with code {done.returncode}:\n{said[-4000:]}")
+        if marked:
+            with half.open("ab") as file:  # the loader does not look behind the last section
+                file.write(_end_of(half.read_bytes()))
         os.replace(half, target)
+
+
+MARK = b"gikernels"
+
+
+def _end_of(content: bytes) -> bytes:
+    return MARK + zlib.crc32(content).to_bytes(4, "big")
+
+
+def _whole(path: Path) -> bool:
+    """Whether it is what was compiled: its end says so."""
+    if not path.exists():
+        return False
+    if path.stat().st_uid not in (0, os.getuid()):
+        raise BuildError(f"{path} belongs to another user: set GIKERNELS_CACHE")
+    content, size = path.read_bytes(), len(MARK) + 4
+    return len(content) > size and content[-size:] == _end_of(content[:-size])
 
 
 def main() -> int:

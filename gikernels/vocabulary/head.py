@@ -219,10 +219,12 @@ def scratch(like: Tensor, elements: int, count: int, dtype: torch.dtype) -> list
     return [torch.empty(elements, dtype=dtype, device=like.device) for _ in range(count)]
 
 
-def slab(weight: Tensor, wide: int, dtype: torch.dtype) -> Tensor | None:
+def slab(head: Head | None, wide: int, dtype: torch.dtype) -> Tensor | None:
     """Where rows of a 16-bit weight become `dtype`: always the same memory, as fresh pages take a
     CPU ten times as long as the conversion. None where they are that already."""
-    return None if weight.dtype == dtype else weight.new_empty(wide, weight.shape[1], dtype=dtype)
+    if head is None or head.weight.dtype == dtype:
+        return None
+    return head.weight.new_empty(wide, head.weight.shape[1], dtype=dtype)
 
 
 def view(buffer: Tensor, rows: slice, cols: slice) -> Tensor:

@@ -77,9 +77,8 @@ def _forward_rows(
     """The target's logit minus the row's peak, and the statistics, of a few rows."""
     dtype, all_rows = temperature.dtype, slice(0, len(x))
     z, spare, *ref_z = scratch(x, len(x) * wide, 2 if ref_head is None else 3, dtype)
-    target_z = torch.full_like(temperature, torch.nan)
-    stats, own = None, slab(head.weight, wide, dtype)
-    ref_own = None if ref_head is None else slab(ref_head.weight, wide, dtype)
+    target_z, stats = torch.full_like(temperature, torch.nan), None
+    own, ref_own = (slab(each, wide, dtype) for each in (head, ref_head))
     for cols in spans(len(head.weight), wide):
         tile = head.columns(cols, dtype, own).logits(x, temperature, view(z, all_rows, cols))
         target_z = pick_target(target_z, tile, targets, cols.start)
@@ -144,8 +143,7 @@ def _backward_chunked(
     z, spare, *ref_z = scratch(hidden, tall * wide, 2 if ref_head is None else 3, dtype)
     outer = head.outer(temperature)
     back = grads.factor * head.logit_scale / temperature
-    own = slab(head.weight, wide, dtype)
-    ref_own = None if ref_head is None else slab(ref_head.weight, wide, dtype)
+    own, ref_own = (slab(each, wide, dtype) for each in (head, ref_head))
     for cols in spans(v, wide):
         some = head.columns(cols, dtype, own)
         ref_some = None if ref_head is None else ref_head.columns(cols, dtype, ref_own)
@@ -217,9 +215,8 @@ def _op(
     temperature, softcap, logit_scale = settled(carried, temperature, softcap, logit_scale)
     if hidden.device.type == "cpu":
         kept = targets != ignore_index
-        check_values(
-            targets[kept], None if temperatures is None else temperatures[kept], len(weight)
-        )
+        some = None if temperatures is None else temperatures[kept]
+        check_values(targets[kept], some, len(weight))
     if backend == "triton":
         from gikernels.vocabulary import linear_logprobs_triton
 

@@ -56,7 +56,7 @@ def chunked(
         else None
         for at, d in enumerate((dtype, dw_dtype, dtype))
     ]
-    own = slab(head.weight, wide, dtype)
+    own = slab(head, wide, dtype)
     z, spare = scratch(hidden, tall * v, 1, dtype)[0], scratch(hidden, tall * wide, 1, dtype)[0]
     for rows in spans(n, tall):
         x, some = hidden[rows].to(dtype), tokens.rows(rows)

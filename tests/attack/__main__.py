@@ -41,7 +41,9 @@ def attack(minutes: float, seed: int, only: str = "") -> tuple[Counter, Counter,
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=0, help="at least one turn of all; 0: the short form")
+    parser.add_argument(
+        "--minutes", type=float, default=0, help="at least one turn of all; 0: the short form"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="kinds whose name holds this")
     asked = parser.parse_args()

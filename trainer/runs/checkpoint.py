@@ -336,9 +336,13 @@ def mark_finished(folder: Path, steps: int) -> None:
     """For `finished`; in the checkpoints' folder of the stage."""
     if parallel.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        text = f"{steps}\n"
-        files.write(folder / FINISHED, f"{text}{zlib.crc32(text.encode())}\n")
+        files.write(folder / FINISHED, _mark(steps))
         files.sync_folder(folder.parent)
+
+
+def _mark(steps: int) -> str:
+    text = f"{steps}\n"
+    return f"{text}{zlib.crc32(text.encode())}\n"
 
 
 def unmark(folder: Path) -> None:
@@ -358,7 +362,8 @@ def finished(run: RunFolder, stage: str, steps: int) -> bool:
 def steps_done(folder: Path) -> int | None:
     """What the mark says; None where there is none, or where it is damaged."""
     try:
-        steps, crc = (folder / FINISHED).read_text().splitlines()
-        return int(steps) if zlib.crc32(f"{steps}\n".encode()) == int(crc) else None
+        said = (folder / FINISHED).read_bytes()
+        steps = int(said.partition(b"\n")[0])
+        return steps if said == _mark(steps).encode() else None
     except (OSError, ValueError):
         return None

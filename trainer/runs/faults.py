@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from torch import Tensor
@@ -120,3 +122,22 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.came = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def ends_at_sigterm() -> Iterator[None]:
+    """Around stages: what is between their loops, such as sampling pairs, ends at SIGTERM as the
+    loops do, with one line. It can be done again at any place, so it ends at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Stopped("stopped by SIGTERM outside the steps of a stage. --resume goes on")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -156,6 +156,52 @@ def test_a_cache_that_cannot_be_written(fresh, tmp_path):
     assert not available and str(tmp_path / "file") in reason and "GIKERNELS_CACHE" in reason
 
 
+@COMPILER
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:-99]])
+def test_a_cached_library_that_was_cut_is_built_again(fresh, quick, damage):
+    """To load half of one ends the process by SIGBUS, without a word."""
+    fresh.setenv("CXX", quick)
+    path = build.build("cpp")
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert build.build("cpp") == path and path.read_bytes() == whole
+    assert build.status("cpp") == (True, str(path))
+
+
+@COMPILER
+def test_a_library_of_another_user_is_not_loaded(fresh, quick):
+    fresh.setenv("CXX", quick)
+    path = build.build("cpp")
+    fresh.setattr(build.os, "getuid", lambda: 4321)
+    os.chown(path, 1234, -1) if os.geteuid() == 0 else None
+    available, reason = build.status("cpp")
+    assert not available and f"{path} belongs to another user" in reason
+
+
+@COMPILER
+def test_a_link_in_place_of_the_lock_is_not_followed(fresh, quick, tmp_path):
+    fresh.setenv("CXX", quick)
+    path = build.build("cpp")
+    path.unlink()
+    (tmp_path / "precious").write_text("kept")
+    path.with_suffix(".lock").unlink()
+    path.with_suffix(".lock").symlink_to(tmp_path / "precious")
+    available, reason = build.status("cpp")
+    assert not available and "GIKERNELS_CACHE" in reason
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
+def test_where_there_is_no_home_that_is_said(monkeypatch):
+    def gone(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    for variable in ("GIKERNELS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(Path, "expanduser", gone)
+    with pytest.raises(build.BuildError, match=r"home directory.*GIKERNELS_CACHE"):
+        build.cache_dir()
+
+
 def test_where_the_cache_is(monkeypatch):
     for variable in ("GIKERNELS_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(variable, raising=False)

@@ -12,6 +12,7 @@ import torch
 from tests.trainer import tiny
 from trainer.__main__ import main
 from trainer.config import load
+from trainer.runs.checkpoint import mark_finished, steps_done
 from trainer.runs.faults import Diverged, RunError
 from trainer.runs.folder import RunFolder
 from trainer.runs.log import MetricsLog, read_lines
@@ -88,6 +89,19 @@ def test_a_damaged_mark_is_none(run, gi):
     code, out, err = gi("train", "toy", *SMALL, "--resume", "--output", run.path)
     assert code == 0, err
     assert "ppo    is done" not in out and "goes on from" in out
+
+
+def test_no_bit_of_a_mark_flips_unseen(tmp_path):
+    """A line's end that became a vertical tab read as one before."""
+    mark_finished(tmp_path, 2)
+    mark = tmp_path / "finished"
+    whole = mark.read_bytes()
+    assert steps_done(tmp_path) == 2
+    for bit in range(8 * len(whole)):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        mark.write_bytes(content)
+        assert steps_done(tmp_path) is None, bit
 
 
 @pytest.mark.parametrize("where", [0, 3, -1])

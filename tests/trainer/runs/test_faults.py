@@ -1,16 +1,20 @@
 """What is not finite teaches nothing and is never kept; too much of it stops the run."""
 
+import os
+import signal
+
 import pytest
 import torch
 
 from tests.trainer import tiny
+from trainer.__main__ import main
 from trainer.ppo import build, loop
 from trainer.runs.checkpoint import steps_in
 from trainer.runs.faults import Diverged, Guard
 from trainer.runs.folder import RunFolder
 from trainer.runs.log import read_lines
 from trainer.runs.optim import Optimizer
-from trainer.stages import sft
+from trainer.stages import registry, sft
 
 
 @pytest.mark.parametrize("loss, grad", [(torch.nan, 1.0), (1.0, torch.inf), (torch.inf, torch.nan)])
@@ -43,6 +47,19 @@ def test_an_update_that_is_not_finite_changes_nothing(loss, grad, capsys):
     update(loss, grad)
     with pytest.raises(Diverged, match="ppo: 2 steps in a row were not finite, the last 5: policy"):
         guard.step_is_over("ppo", 5)
+
+
+def test_sigterm_between_stages_is_one_line(monkeypatch, tmp_path, capsys):
+    def stage(name, *_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(registry, "run", stage)
+    tiny_run = ["toy", *tiny.SMALL, "model.compile=true", "--output", str(tmp_path / "run")]
+    assert main(["train", *tiny_run]) == 143
+    out, err = capsys.readouterr()
+    assert "SIGTERM outside the steps of a stage. --resume goes on" in err and err.count("\n") == 1
+    assert "the first steps of a stage compile, minutes on a CPU" in out
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 class Broken:
