@@ -934,7 +934,7 @@ def soft_groups(
     form: str = "mass",
     reduce: Callable[[Tensor], Tensor] | None = None,  # local sums -> their sum over ranks
 ) -> SoftGroups:
-    """METHODS A.2 and A.3: differentiable masses, returns and variance of soft groups."""
+    """Differentiable masses, returns and variance of soft groups."""
     dtype = stat_dtype(logits, returns)
     probs = logits.to(dtype).softmax(-1)
     mass, group_returns = _soft_sums(probs, returns, reduce)
@@ -951,7 +951,7 @@ def group_weights(
     clamp: tuple[float, float] = (0.0, 5.0),
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """METHODS A.5: c_i = 1 - beta * sum_g dVar/dR_g * p_ig / f_g, clamped; no gradient."""
+    """c_i = 1 - beta * sum_g dVar/dR_g * p_ig / f_g, clamped; no gradient."""
     with torch.no_grad():
         mass, group_returns = _soft_sums(probs, returns, reduce)
         slope = _variance_slope(form, mass, group_returns)
@@ -980,7 +980,7 @@ def preference_loss(
 
 
 def difference_objective(rewards: Tensor) -> Tensor:  # (P, k)
-    """METHODS B: mean over prompts of (2 / k^2) sum_{i<j} sigmoid(|r_i - r_j|)."""
+    """Mean over prompts of (2 / k^2) sum_{i<j} sigmoid(|r_i - r_j|)."""
     r = rewards.to(stat_dtype(rewards))
     k = r.shape[1]
     i, j = torch.triu_indices(k, k, 1, device=r.device)

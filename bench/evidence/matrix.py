@@ -3,7 +3,7 @@
 An arm is a PPO run: the packaged configuration `toy` with a few overrides, on the SFT and reward
 model that all arms of one world and seed share. Where an arm says `coef_from`, its KL coefficient
 is the mean that another arm used in the same seed: adaptive KL lowers the mean, and a comparison at
-equal nominal coefficients would flatter it (METHODS A.6). Sections are the tables of the report; an
+equal nominal coefficients would flatter it. Sections are the tables of the report; an
 arm may stand in several and runs once.
 """
 

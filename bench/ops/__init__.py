@@ -7,6 +7,7 @@ calls.py      one call of a contender; its errors against float64
 truth.py      the errors of a head at its full size
 timing.py     medians of interleaved runs
 memory.py     the peak of one call, on a CPU in a process of its own
+split.py      memory of each rank where a vocabulary is split
 measure.py    one case: errors, then times and memory of everybody
 report.py     the table and the plot, from a results file
 by_pytest.py  the same cases for pytest-benchmark, with the bench_*.py

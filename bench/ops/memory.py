@@ -2,19 +2,21 @@
 
 On a GPU the caching allocator counts it. On a CPU the kernel's high-water mark of the resident set
 is read, in a process of its own (`python -m bench.ops.memory REQUEST`) where freed memory has been
-given back.
+given back; or PyTorch's allocations are counted, which is the same in every run.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from bench.host.process import CLEAR, resident
 from bench.ops import calls, cases
@@ -41,6 +43,16 @@ def here(fn: Callable[[], object]) -> int:
     CLEAR.write_text("5")  # resets the high-water mark
     fn()
     return resident("VmHWM") - before
+
+
+def counted(fn: Callable[[], object]) -> int:
+    """Of PyTorch's own allocations on a CPU; what its libraries take beside them is not seen."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        fn()
+    results = seen.profiler.kineto_results  # type: ignore[union-attr]
+    changes = [e for e in results.events() if e.name() == "[memory]"]
+    changes.sort(key=lambda e: e.start_ns())
+    return max(itertools.accumulate(e.nbytes() for e in changes), default=0)
 
 
 def in_own_process(request: dict) -> int | None:

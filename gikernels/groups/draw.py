@@ -1,4 +1,4 @@
-"""Which prompts to answer next: every objective over groups as a rate of drawing (METHODS E).
+"""Which prompts to answer next: every objective over groups as a rate of drawing (docs/math.md).
 
     E_f[c_g A grad log pi] = Z E_q[A grad log pi]    with q_g = f_g c_g / Z
 

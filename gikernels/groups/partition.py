@@ -1,4 +1,4 @@
-"""The exact partition of values into groups of largest between-group variance (METHODS A.4).
+"""The exact partition of values into groups of largest between-group variance.
 
 csrc/ has the algorithm, for CPUs ("cpp") and GPUs ("cuda"); where nothing could be compiled the
 same steps run in PyTorch ("reference"), on any device. A GPU whose machine has no nvcc borrows the

@@ -1,4 +1,4 @@
-"""Statistics of groups of sequences, and what group-invariant learning makes of them (METHODS A).
+"""Statistics of groups of sequences; what group-invariant learning makes of them (docs/math.md).
 
 Read downward: custom operation, public functions. The Triton half is stats_triton.py, the C++ half
 for the CPU stats_cpp.py; where there is no compiler the specification runs, two passes of PyTorch.
@@ -161,7 +161,7 @@ def soft_groups(
     logits: Tensor,  # (S, M)
     returns: Tensor,  # (S)
     *,
-    form: str = "mass",  # or uniform, one_sided: METHODS A.3
+    form: str = "mass",  # or uniform, one_sided: docs/math.md
     reduce: Callable[[Tensor], Tensor] | None = None,  # local sums -> their sum over ranks
 ) -> SoftGroups:
     """Soft membership, and how far apart the groups perform; differentiable:

@@ -195,8 +195,11 @@ class Kept:
 FLOOR = -1e30
 
 # At N 2048, D 256, V 32768 in fp32, forward + backward take the same time within noise from
-# 256 x 1024 to 1024 x 2048. Of those a large one: threads wait for each other less often.
+# 256 x 1024 to 1024 x 2048, and at V 16384 with 1024 x 512. Of those a large one: threads wait for
+# each other less often. But no wider than a part of the vocabulary, down to half the width, so that
+# a rank that has half of 32768 tokens needs half the scratch, too; small ones need little anyway.
 CPU_TILE = (1024, 1024)
+CPU_PART, CPU_SMALL = 32, 8192
 
 
 def spans(size: int, step: int) -> Iterator[slice]:
@@ -209,6 +212,8 @@ def tile_shape(rows: int, cols: int, device: torch.device, elements: int) -> tup
     tall, wide = CPU_TILE
     if device.type == "cpu":
         tall *= max(1, wide // max(cols, 1))  # as many numbers of a small vocabulary
+        if cols > CPU_SMALL:
+            wide = min(wide, max(wide // 2, cols // CPU_PART))
     else:
         tall, wide = elements // wide, max(wide, elements // max(rows, 1))
     tall = max(1, min(tall, rows, elements))

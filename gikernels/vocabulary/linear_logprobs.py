@@ -408,8 +408,8 @@ def linear_logprobs(
     gikernels.backends.settings. On a GPU a target out of range gives NaN; on a CPU it raises.
 
     With `support`, logp and ref_logp are renormalised over the tokens that a row could be sampled
-    from, at the cost of those where they are few; their logits are formed by PyTorch on every
-    backend. A target that is none of them gives -inf, and its log-probability no gradient.
+    from, at the cost of those where they are few; where they are many, PyTorch forms their logits
+    on every backend. A target that is none of them gives -inf, and its log-probability no gradient.
 
     With `vocab_group`, each rank passes its part of the vocabulary, parts of any size in rank order
     (of ref[1], too), the same hidden states and targets in the whole vocabulary. Every rank returns

@@ -33,6 +33,7 @@ from gikernels.vocabulary.logprobs_chunk import (
     Transform,
     check_values,
     dlogits_of,
+    fake_outputs,
     row_view,
     stats_of_,
 )
@@ -143,22 +144,8 @@ def _op(
 
 
 @_op.register_fake
-def _(
-    logits,
-    targets,
-    ref_logits,
-    temperatures,
-    temperature,
-    softcap,
-    logit_scale,
-    ignore_index,
-    backend,
-    carried=None,
-):
-    n, dtype = targets.shape[0], stat_dtype(logits)
-    has_ref = ref_logits is not None
-    shapes = ((n,), (n,), (n if has_ref else 0,), (n, 4 if has_ref else 2))
-    return tuple(logits.new_empty(shape, dtype=dtype) for shape in shapes)
+def _(logits, targets, ref_logits, *_):
+    return fake_outputs(logits, targets, ref_logits)
 
 
 @torch.library.custom_op(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gikernels.reference import transform_logits
+from gikernels.reference import stat_dtype, transform_logits
 
 # For -inf, which would make 0 * log 0 a NaN: far below any logit, far from overflow.
 LOWEST = -1e30
@@ -97,6 +97,17 @@ def dlogits_of(
         inner -= from_mean.masked_fill_(p == 0, 0).mul_(k)
     dz = inner.mul_(p).neg_()
     return dz.scatter_add_(1, targets.unsqueeze(1), g)
+
+
+def fake_outputs(
+    logits: Tensor, targets: Tensor, ref_logits: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the operations return while they are traced: logprobs, entropy, kl and norms."""
+    n, dtype = targets.shape[0], stat_dtype(logits)
+    has_ref = ref_logits is not None
+    shapes = ((n,), (n,), (n if has_ref else 0,), (n, 4 if has_ref else 2))
+    logprobs, entropy, kl, norms = (logits.new_empty(shape, dtype=dtype) for shape in shapes)
+    return logprobs, entropy, kl, norms
 
 
 def check_values(

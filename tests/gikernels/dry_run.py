@@ -50,6 +50,16 @@ def some_kept(N, V):
     return gikernels.Support(ends, torch.arange(int(ends[-1])) % V)
 
 
+def of_head(N, V, some, bias, softcap, temperatures):
+    """The keywords that all operations on a head have."""
+    return {
+        "temperature": torch.rand(N) + 1 if temperatures else 0.7,
+        "bias": some(V) if bias else None,
+        "softcap": 30.0 if softcap else None,
+        "backend": "triton",
+    }
+
+
 def linear(N, V, D, dtype, bias, softcap, ref, temperatures, frozen, kept=False):
     import gikernels
 
@@ -61,12 +71,9 @@ def linear(N, V, D, dtype, bias, softcap, ref, temperatures, frozen, kept=False)
         hidden,
         weight,
         torch.randint(V, (N,)),
-        torch.rand(N) + 1 if temperatures else 0.7,
-        bias=some(V) if bias else None,
-        softcap=30.0 if softcap else None,
         ref=(some(N, D).detach(), some(V, D).detach()) if ref else None,
         support=some_kept(N, V) if kept else None,
-        backend="triton",
+        **of_head(N, V, some, bias, softcap, temperatures),
     )
     sum(x.sum() for x in stats if x is not None).backward()
 
@@ -96,10 +103,7 @@ def policy(N, kept, active, V, D, dtype, bias, softcap, temperatures, workspace,
             denom=float(N),
             ref_logprobs=torch.randn(N),
             kl_coef=0.1,
-            temperature=torch.rand(N) + 1 if temperatures else 0.7,
-            bias=some(V) if bias else None,
-            softcap=30.0 if softcap else None,
-            backend="triton",
+            **of_head(N, V, some, bias, softcap, temperatures),
         ).loss
     if not forward:
         loss.backward()
@@ -116,10 +120,7 @@ def gather(N, K, V, D, dtype, bias, softcap, temperatures, workspace):
             some(N, D),
             some(V, D),
             torch.randint(V, (N, K)),
-            torch.rand(N) + 1 if temperatures else 0.7,
-            bias=some(V) if bias else None,
-            softcap=30.0 if softcap else None,
-            backend="triton",
+            **of_head(N, V, some, bias, softcap, temperatures),
         ).sum().backward()
 
 
@@ -137,10 +138,7 @@ def divergence(N, kept, V, D, dtype, kind, bias, softcap, temperatures, workspac
             kind=kind,
             mask=torch.arange(N) < kept,
             denom=float(N),
-            temperature=torch.rand(N) + 1 if temperatures else 0.7,
-            bias=some(V) if bias else None,
-            softcap=30.0 if softcap else None,
-            backend="triton",
+            **of_head(N, V, some, bias, softcap, temperatures),
         ).loss
     if not forward:
         loss.backward()

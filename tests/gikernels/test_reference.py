@@ -93,7 +93,7 @@ def test_partition_by_hand():
 
 
 def test_soft_groups_and_weights_match_the_closed_form():
-    # METHODS A.5: two groups, uniform: c_easy = 1 - beta D / (2 f), c_hard = 1 + beta D / (2 f)
+    # two groups, uniform: c_easy = 1 - beta D / (2 f), c_hard = 1 + beta D / (2 f)
     probs = t([1.0, 0], [1, 0], [1, 0], [0, 1])
     returns = t(1.0, 2, 3, 6)
     c = ref.group_weights(probs, returns, 0.1, form="uniform")

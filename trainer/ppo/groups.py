@@ -1,4 +1,4 @@
-"""Group-invariant learning: which sequences are hard, and what that changes (METHODS A).
+"""Group-invariant learning: which sequences are hard, and what that changes (docs/math.md).
 
     groups.drawing_weights(logits, prompts)         which prompts of a pool the step is to take
     probs = groups.probs(head's logits, prompts)    p_ig, group 0 the hardest, M - 1 the easiest
@@ -372,7 +372,7 @@ def performance(
     scale: Tensor | float,  # what scores were divided by
 ) -> Tensor:
     """R_i. A Bradley-Terry model knows differences within a prompt only: its offset from prompt to
-    prompt is arbitrary, and groups of raw scores are groups of offsets (METHODS A.2)."""
+    prompt is arbitrary, and groups of raw scores are groups of offsets."""
     if how in ("raw", "rating"):  # rating: the reward model was trained on absolute ratings
         return scores
     assert reference is not None

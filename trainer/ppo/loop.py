@@ -2,9 +2,9 @@
 
     prompts -> rollouts -> critic's view, scores -> groups -> experience -> critic, head -> policy
 
-What it adds to textbook PPO (arXiv 2310.11971; METHODS A): groups of easy and hard sequences, found
-without labels; prompts drawn by group (ours); a KL coefficient for each sequence, relaxed where it
-is hard; a weight on each sequence's advantage, which evens out the groups' returns.
+What it adds to textbook PPO (arXiv 2310.11971; docs/math.md): groups of easy and hard sequences,
+found without labels; prompts drawn by group (ours); a KL coefficient for each sequence, relaxed
+where it is hard; a weight on each sequence's advantage, which evens out the groups' returns.
 `groups.inference=none` is plain PPO; `groups.draw=none` takes prompts as they come,
 `kl.adaptive=false` drops the KL coefficients, `groups.beta=0` the weights.
 

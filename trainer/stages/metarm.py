@@ -1,4 +1,4 @@
-"""Rounds of MetaRM (arXiv 2405.00438; METHODS B): the reward model follows the policy's shift.
+"""Rounds of MetaRM (arXiv 2405.00438; docs/math.md): the reward model follows the policy's shift.
 
     round n:    answers of policy n-1, unlabelled  ->  reward model n  ->  PPO  ->  policy n
 

@@ -1,11 +1,11 @@
-"""Stage 2, the reward model: Bradley-Terry on pairs, with cheap switches (METHODS C).
+"""Stage 2, the reward model: Bradley-Terry on pairs, with cheap switches.
 
     loss = -log sigma(r_chosen - r_rejected - margin)                    label smoothing optional
            + centring * mean((r_chosen + r_rejected)^2)                  keeps scores around 0
            + rating * mean((r - rating)^2)                               where ratings exist
 
 The last term is what makes scores of different prompts comparable: pairs alone leave an arbitrary
-offset for each prompt, and groups of such scores are noise (METHODS A.2).
+offset for each prompt, and groups of such scores are noise.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import gikernels
-from bench.host.process import CLEAR
-from bench.ops.memory import here
+from bench.ops import memory
+from bench.ops import split as split_bench
 from gikernels import Support
 
 WORLD = 4
@@ -282,6 +282,7 @@ def check_verls_fused_head(groups, rank):
 
 
 def check_compiled(groups, rank):
+    """In one graph; the log-probabilities, and the loss with a support."""
     p, group = problem(), groups["three"]
     if group is None:
         return
@@ -291,9 +292,32 @@ def check_compiled(groups, rank):
         out = gikernels.linear_logprobs(hidden, mine["weight"], p["targets"], vocab_group=group)
         return out.logprobs.sum() + 2 * out.entropy.sum()
 
+    def loss(hidden):
+        return gikernels.linear_policy_loss(
+            hidden, mine["weight"], p["targets"].clamp(min=0), p["old"], p["advantages"],
+            mask=p["mask"], denom=20.0, support=p["support"], entropy_coef=0.1, vocab_group=group,
+        ).loss  # fmt: skip
+
     hidden = p["hidden"].requires_grad_()
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    close(torch.autograd.grad(compiled(hidden), hidden), torch.autograd.grad(f(hidden), hidden))
+    for eager in (f, loss):
+        compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
+        want = torch.autograd.grad(eager(hidden), hidden)
+        close(torch.autograd.grad(compiled(hidden), hidden), want)
+
+
+def check_opcheck(groups, rank):
+    p, group = problem(), groups["two"]
+    if group is None:
+        return
+    mine, _ = part_of(p, "two", rank)
+    leaves = [mine[k].requires_grad_() for k in ("hidden", "weight", "bias")]
+    torch.library.opcheck(
+        torch.ops.gikernels.linear_logprobs_parts,
+        (
+            *leaves[:2], p["targets"], 1.0, p["temperature"], leaves[2], 5.0, 0.8, *mine["ref"],
+            -100, *p["support"], group.group_name, "reference",
+        ),
+    )  # fmt: skip
 
 
 def check_who_communicates(groups, rank):
@@ -336,24 +360,17 @@ def check_other_rows_raise(groups, rank):
 
 def check_memory(groups, rank):
     """Forward and backward take each of two ranks at most 0.6 of what the whole takes one."""
-    if groups["two"] is None or not CLEAR.exists():
+    if groups["two"] is None:
         return
 
-    def extra_memory(v, **extra):
-        g = torch.Generator().manual_seed(0)
-        hidden, weight = (torch.randn(n, 128, generator=g).requires_grad_() for n in (128, v))
-        targets = torch.randint(1000, (128,), generator=g)
+    def extra_memory(vocab, **extra):
+        run = split_bench.step(1024, 256, vocab, **extra)
+        return memory.counted(run)
 
-        def step():
-            stats = gikernels.linear_logprobs(hidden, weight, targets, **extra)
-            torch.autograd.grad(stats.logprobs.sum() + stats.entropy.sum(), [hidden, weight])
-
-        return here(step)
-
-    for v in (1000, 120_000):  # the first one loads what is loaded once
-        split = extra_memory(v // 2, vocab_group=groups["two"])
-        whole = extra_memory(v)
-    assert split <= 0.6 * whole, (split, whole)
+    split = extra_memory(32768 // 2, vocab_group=groups["two"])
+    if rank == 0:
+        whole = extra_memory(32768)
+        assert 0.4 * whole < split <= 0.6 * whole, (split, whole)
 
 
 def check_targets_are_global(groups, rank):

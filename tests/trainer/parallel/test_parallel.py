@@ -94,13 +94,22 @@ def gradients_of_an_iteration(models, output, overrides):
         # one sequence: the other rank has none
         ["ppo.prompts_per_step=1", "groups.inference=none", "model.gradient_checkpointing=true"],
         ["trainer.replicas=2", "model.offload_reference=true", "model.packing=on"],
+        ["rollout.top_p=0.9", "kl.estimator=exact"],
         pytest.param(
             ["model.gradient_checkpointing=true", "kl.estimator=exact", *ADAPTERS], marks=PEFT
         ),
         # one sequence: the other rank has none
         pytest.param(["ppo.prompts_per_step=1", "groups.inference=none", *ADAPTERS], marks=PEFT),
     ],
-    ids=["exact", "adversarial", "empty rank", "replicas", "adapters", "adapters, empty rank"],
+    ids=[
+        "exact",
+        "adversarial",
+        "empty rank",
+        "replicas",
+        "top-p",
+        "adapters",
+        "adapters, empty rank",
+    ],
 )
 def test_gradients_and_metrics_do_not_depend_on_the_number_of_ranks(base, tmp_path, overrides):
     found = []
@@ -115,6 +124,7 @@ def test_gradients_and_metrics_do_not_depend_on_the_number_of_ranks(base, tmp_pa
         error = (gradients2[name] - one).norm() / one.norm()
         assert error < 1e-5, (name, error)
     assert metrics.keys() == metrics2.keys()
+    assert max(m["rollout/logprob_diff_max"] for m in (metrics, metrics2)) < 1e-4
     for name, value in metrics.items():
         if not name.startswith(("timing", "perf")):
             assert metrics2[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name

@@ -1,4 +1,4 @@
-"""Every formula of METHODS A, against the formula written out, and what the modes must not do."""
+"""Every formula of the groups, against the formula written out, and what the modes must not do."""
 
 import math
 from types import SimpleNamespace

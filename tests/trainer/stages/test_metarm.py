@@ -87,7 +87,7 @@ def step_config(variant, k, *overrides):
 
 
 def gradient_by_hand(model, variant, pairs, answers, k, eta):
-    """Formulas of METHODS B, without any of the functions under test."""
+    """The formulas of docs/math.md, without any of the functions under test."""
 
     def loss():
         both = [
