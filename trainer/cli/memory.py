@@ -18,6 +18,9 @@ ADAM_8BIT = 2 + 2 * 4 / 256
 """Codes, and a scale for each block of them: runs/adam.py."""
 NF4 = 0.5 + (1 + 4 / 256) / 64
 """A weight's code, and its block's scale in 8 bits, with a scale of those."""
+LOGIT, DRAWN = 4, 24
+"""Bytes a logit of those from which a token is drawn, and what rollout/hf.draw makes of it: its
+log-probability, and 46 bits of its probability and of the sum up to there."""
 VLLM_LEAST = 2**30
 """What an engine takes beside its weights and a cache: graphs, workspaces."""
 ROOM = 0.92
@@ -309,7 +312,7 @@ def _sampling(
     the card meanwhile."""
     rollout, compute = config.rollout, _compute(config, "ppo")
     if rollout.engine == "hf":
-        cache: dict[str, float] = {"generation cache": _cache(config, policy, rollout.batch)}
+        cache: dict[str, float] = {"generation cache": _cache(config, policy, rollout.batch, DRAWN)}
         if config.lora.active:
             gathers = ranks > 1 and config.lora.quantize == "none"
             return cache | ({GATHERED: compute * policy.parameters} if gathers else {})
@@ -354,7 +357,7 @@ def _activations(config: Config, stage: str, shape: Shape, tokens: int) -> int:
     return min(config.trainer.tokens_per_microbatch, tokens) * kept
 
 
-def _cache(config: Config, shape: Shape, rows: int) -> int:
+def _cache(config: Config, shape: Shape, rows: int, logit: int = LOGIT) -> int:
     tokens = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     cache = 2 * shape.layers * shape.key_value * _compute(config, "ppo") * tokens
-    return rows * (cache + 4 * shape.vocabulary)  # and one step's logits
+    return rows * (cache + logit * shape.vocabulary)  # and one step's logits

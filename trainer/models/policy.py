@@ -40,6 +40,8 @@ class Head(NamedTuple):
         return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
 
+PIECE = 8192
+"""Rows of a head that are in float32 at the same time."""
 Out = TypeVar("Out")
 Ask = Callable[[Tensor, Head, Tensor], Out]
 """hidden (n, D), the head, targets (n) -> whatever is asked."""
@@ -79,7 +81,7 @@ class Policy(nn.Module):
             z = torch.mm(hidden.flatten(0, -2), weight.t(), out_dtype=torch.float32)
             z = z.view(*hidden.shape[:-1], len(weight))
         else:
-            z = hidden.float() @ weight.float().t()
+            z = _exactly(hidden, weight)
         z = self.logit_scale * (z if bias is None else z + bias.float())
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
@@ -94,3 +96,16 @@ class Policy(nn.Module):
 
     def save(self, path: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
         save(self.model, self.through, path, tokenizer, dtype)
+
+
+def _exactly(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Their product in float32. A head in half precision is widened a piece at a time, into the
+    same memory: all of it in float32 would be half as large again as a model of 0.5B."""
+    x = hidden.float()
+    if weight.dtype == torch.float32:
+        return x @ weight.t()
+    z, spare = x.new_empty(*x.shape[:-1], len(weight)), x.new_empty(PIECE, x.shape[-1])
+    for start in range(0, len(weight), PIECE):
+        rows = weight[start : start + PIECE]
+        z[..., start : start + PIECE] = x @ spare[: len(rows)].copy_(rows).t()
+    return z

@@ -279,8 +279,8 @@ def test_memory_by_hand():
     block = (body - table - 3584) // 28
     assert parts["gathered for compute"] == 2 * (block + 2 * table + 3584)
     assert parts["policy for sampling"] == 2 * whole
-    # 28 layers x 2 x 512 numbers of 2 bytes for each of 64 x 768 tokens, and 64 rows of logits
-    assert parts["generation cache"] == 64 * (28 * 2 * 512 * 2 * 768 + 4 * 152064)
+    # 28 layers x 2 x 512 numbers of 2 bytes for each of 64 x 768 tokens, and what is drawn from
+    assert parts["generation cache"] == 64 * (28 * 2 * 512 * 2 * 768 + 24 * 152064)
     training = parts["gradients"] + parts["gathered for compute"] + parts["activations"]
     assert training > parts["generation cache"]
     at_once = memory.at_once(config, parts)

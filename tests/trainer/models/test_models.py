@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import gikernels
 from tests.trainer import tiny
 from trainer.batch.order import batch_indices, minibatches
 from trainer.batch.sequences import Sequences, forward_all, micro_batches
 from trainer.models import loading
-from trainer.models.policy import log_probabilities
+from trainer.models.policy import Policy, log_probabilities
 from trainer.ppo.groups import Groups
 from trainer.runs.optim import Optimizer
 
@@ -178,3 +178,14 @@ def test_shared_prompts_change_neither_values_nor_gradients(base):
         plain = Sequences(some.tokens, some.prompt_lengths, some.lengths)
         found = [policy(each, log_probabilities()).logprobs for each in (some, plain)]
         torch.testing.assert_close(*found)
+
+
+@torch.no_grad()
+def test_a_head_in_half_precision_is_widened_piece_by_piece(base, monkeypatch):
+    monkeypatch.setattr("trainer.models.policy.PIECE", 7)
+    model = AutoModelForCausalLM.from_pretrained(base.model("sft"), dtype=torch.bfloat16)
+    weight = model.get_output_embeddings().weight
+    assert len(weight) % 7 and len(weight) > 14
+    hidden = torch.randn(2, 3, weight.shape[1], dtype=torch.bfloat16)
+    found = Policy(model).logits(hidden)
+    torch.testing.assert_close(found, hidden.float() @ weight.float().t())
