@@ -28,6 +28,7 @@ from trainer import parallel
 from trainer.config import ConfigError, Lora
 from trainer.config.lora import ALL_LINEAR
 from trainer.models.adapters import Base
+from trainer.models.quantized import widened
 from trainer.parallel.place import blocks
 
 Out = TypeVar("Out")
@@ -246,7 +247,7 @@ def merged_weights(model: PreTrainedModel, adapter: str | None) -> Iterator[tupl
     """(name, whole tensor in float32) of the model that base and adapter make. Every rank has to
     walk through all of it."""
     for name, p in frozen(model, adapter):
-        full = parallel.whole(p.detach()).float()
+        full = parallel.whole(widened(p)).float()
         yield plain_name(name), with_adapter(model, name, full, adapter)
 
 

@@ -26,7 +26,7 @@ from transformers import (
 from trainer import parallel
 from trainer.config import Config, ConfigError
 from trainer.data.encode import ready
-from trainer.models import adapters
+from trainer.models import adapters, quantized
 from trainer.models.backbone import import_peft
 from trainer.models.critic import Critic
 from trainer.models.packing import caps_attention, kernel, use_packed, why_not_packed
@@ -280,6 +280,8 @@ def load(
             return model
         own = adapters.base_of(source) if adapters.is_adapter(source) else source
         model = auto.from_pretrained(own, dtype=dtype, **common, **labels, **options)
+        if options:
+            quantized.settle(model)
         return model if own == source else _merged(model, source, own, settings)
 
 
