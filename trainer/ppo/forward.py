@@ -73,13 +73,17 @@ def prove_adapter(config: Config, engine: Engine, policy: Policy, prompts: list[
     far, size = 10 * MEAN * config.rollout.logprob_bound, 1e-3
     try:
         with torch.no_grad():
-            while float((answer_logprobs(config, policy, asked) - without).abs().mean()) < far:
+            while (moved := _apart(answer_logprobs(config, policy, asked), without)) < far:
                 size *= 2
                 for name, p in own.items():
                     noise = torch.randn(p.shape, generator=parallel.generator("proof", name))
                     p.copy_(before[name] + size * noise.to(p.device))
                 if size > FARTHEST:
-                    raise LogprobMismatch(f"an adapter of {len(own)} weights changes no answer")
+                    raise LogprobMismatch(
+                        f"rollout.logprob_bound={config.rollout.logprob_bound:g} could not tell a "
+                        f"missing adapter: the farthest of {len(own)} weights moves "
+                        f"log-probabilities by {moved:.2g} on average, want {far:g}; lower it"
+                    )
         engine.sync(policy)
         rollout = engine.generate(prompts, 1, parallel.generator(config.run.seed, "proof"))
         check_engine(config, engine, rollout, policy)
@@ -87,6 +91,10 @@ def prove_adapter(config: Config, engine: Engine, policy: Policy, prompts: list[
         with torch.no_grad():
             for name, p in own.items():
                 p.copy_(before[name])
+
+
+def _apart(found: Tensor, other: Tensor) -> float:
+    return float((found - other).abs().mean())
 
 
 def check_engine(
