@@ -83,6 +83,23 @@ HEADS = {
 }
 
 
+# Few rows, or few tokens to choose from: what costs there is not the products.
+SMALL_ON_CPU = (
+    ({"N": 1, "D": 1024, "V": 151936}, torch.bfloat16),
+    ({"N": 8, "D": 1024, "V": 151936}, torch.bfloat16),
+    ({"N": 100000, "D": 64, "V": 32}, torch.bfloat16),
+    ({"N": 100000, "D": 64, "V": 32}, torch.float32),
+    ({"N": 1, "D": 64, "V": 1000}, torch.float32),
+)
+
+
+def with_small(shapes: tuple[Shape, ...], size: str) -> Iterator[tuple[Shape, torch.dtype]]:
+    """Shapes of a size with their dtype; on a CPU the small ones too."""
+    yield from ((shape, dtype_of(size)) for shape in shapes)
+    if size == "cpu":
+        yield from SMALL_ON_CPU
+
+
 def dtype_of(size: str) -> torch.dtype:
     return torch.bfloat16 if size == "gpu" else torch.float32
 
@@ -92,11 +109,11 @@ def linear_logprobs(size: str) -> Iterator[Case]:
         stats = reference.linear_logprobs(i["hidden"], i["weight"], i["targets"])
         return {"logprobs": stats.logprobs, "entropy": stats.entropy}
 
-    for shape in HEADS[size]:
+    for shape, dtype in with_small(HEADS[size], size):
         yield Case(
             "linear_logprobs",
             shape,
-            dtype_of(size),
+            dtype,
             head_inputs,
             specification,
             ("hidden", "weight"),
@@ -152,7 +169,7 @@ def linear_policy_loss(size: str) -> Iterator[Case]:
     """One advantage for each of 8 sequences, which is all that GRPO-style peers can take."""
 
     def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-        i, n, sequences = head_inputs(shape, dtype, device), shape["N"], 8
+        i, n, sequences = head_inputs(shape, dtype, device), shape["N"], min(8, shape["N"])
         rng = generator(device)
         with torch.no_grad():
             z = (i["hidden"].float() * i["weight"][i["targets"]].float()).sum(-1)
@@ -173,11 +190,11 @@ def linear_policy_loss(size: str) -> Iterator[Case]:
         stats = reference.linear_logprobs(i["hidden"], i["weight"], i["targets"])
         return peers.policy_loss(stats.logprobs, i)
 
-    for shape in HEADS[size]:
+    for shape, dtype in with_small(HEADS[size], size):
         yield Case(
             "linear_policy_loss",
             shape,
-            dtype_of(size),
+            dtype,
             inputs,
             specification,
             ("hidden", "weight"),
@@ -232,8 +249,8 @@ def logprobs(size: str) -> Iterator[Case]:
         "cpu": ({"N": 2048, "V": 32768},),
         "quick": ({"N": 32, "V": 3000},),
     }
-    for shape in shapes[size]:
-        dtype = dtype_of(size)
+    for shape, dtype in with_small(shapes[size], size):
+        shape = {"N": shape["N"], "V": shape["V"]}
         once = shape["N"] * shape["V"] * dtype.itemsize
         yield Case(
             "logprobs",
