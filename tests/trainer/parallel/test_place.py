@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tests.trainer.models.test_models import SEQUENCES
@@ -21,9 +22,7 @@ def test_weights_that_wait_in_the_cpus_memory_are_the_same(fresh):
     source, found = str(run.model("sft")), []
     for offload in (False, True):
         policy = loading.load_policy(source, config, offload=offload)
-        for block in parallel.blocks(policy):
-            (param, *_) = block._get_fsdp_state()._fsdp_param_group.fsdp_params
-            assert param.offload_to_cpu == offload
+        assert waits(policy) == offload
         assert all(isinstance(p, DTensor) and not p.requires_grad for p in policy.parameters())
         assert {p.dtype for p in policy.parameters()} == {torch.bfloat16}
         assert all(buffer.device == parallel.device() for buffer in policy.buffers())
@@ -39,16 +38,30 @@ def test_weights_that_wait_in_the_cpus_memory_are_the_same(fresh):
     assert all(torch.equal(a, other[3][name]) for name, a in one[3].items())
 
 
+WAIT = [f"model.offload_{what}=true" for what in ("reference", "reward", "critic", "activations")]
+
+
 @pytest.mark.parametrize("overrides", [BFLOAT16, ()], ids=["bfloat16", "float32"])
-def test_an_iteration_does_not_depend_on_where_the_reference_waits(fresh, overrides):
-    """float32 on a CPU: it is there already."""
-    found = []
-    for offload in ("false", "true"):
-        config, run = fresh(*overrides, f"model.offload_reference={offload}")
+def test_an_iteration_does_not_depend_on_where_models_and_activations_wait(fresh, overrides):
+    """float32 on a CPU: they are there already."""
+    found, waiting = [], []
+    for options in ((), WAIT):
+        config, run = fresh(*overrides, "model.gradient_checkpointing=true", *options)
         t = build.Setup.of(config, run)
+        models = (t.actors.reference, t.signals.scorer.model, t.actors.critic)
+        waiting.append([waits(model) for model in models])
         metrics = loop.iteration(t, 0)
         found.append({k: v for k, v in metrics.items() if not k.startswith(("timing", "perf"))})
     assert found[0] == found[1]
+    assert waiting == [[False] * 3, [bool(overrides)] * 3]
+
+
+def waits(model):
+    """Whether its weights do so in the CPU's memory."""
+    sharded = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    groups = [part._get_fsdp_state()._fsdp_param_group for part in sharded]
+    params = [p for group in groups if group for p in group.fsdp_params]
+    return bool(params) and all(p.offload_to_cpu for p in params)
 
 
 def test_activations_wait_where_they_should(fresh, monkeypatch):
