@@ -24,6 +24,7 @@ def number(prompts, answers, meta): return 1.0
 def words(prompts, answers, meta): return ["good"] * len(answers)
 def nan(prompts, answers, meta): return [float("nan")] * len(answers)
 def leaves(prompts, answers, meta): import sys; sys.exit(3)
+def quits(prompts, answers, meta): import sys; sys.exit(0)
 def second(prompts, answers, meta): return [1 / (m["w"] - 2) for m in meta]
 constant = 3
 """
@@ -65,6 +66,7 @@ def test_several_functions_with_weights(rewards):
         ("raises", "by zero; prompt 'prompt 1', answer ''"),
         ("second", "by zero; prompt 'prompt 2', answer ''"),
         ("leaves", "my_rewards:leaves raised SystemExit: 3; prompt 'prompt 1'"),
+        ("quits", "my_rewards:quits raised SystemExit: 0; prompt 'prompt 1'"),
         ("nan", "returned nan for 0; prompt 'prompt 1'"),
         ("one", r"returned shape \(1,\), want 2 numbers"),
         ("number", r"returned shape \(\), want 2 numbers"),
