@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import gikernels
-from bench.gpu.record import Record
+from bench.gpu.record import Record, short
 from bench.host.machine import commit, machine
 from bench.ops import timing
 
@@ -34,7 +34,9 @@ def run(record: Record, device: str) -> None:
     record.save(machine=about, commit=commit())
     record.save(**ceilings(where))
     # Last, for it may compile what the package does not bring.
-    record.save(backends={name: list(status) for name, status in gikernels.backends().items()})
+    record.save(
+        backends={name: [bool(s), short(s.reason)] for name, s in gikernels.backends().items()}
+    )
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.gpu.record import FOLDER, STAGE, Missing, Record, Red
+from bench.gpu.record import FOLDER, STAGE, Missing, Record, Red, short
 from bench.host.machine import ROOT
 
 PROCESSES = {"triton": 12, "gpu": 4}  # those that only a GPU can run are few and large
@@ -28,7 +28,7 @@ def selftest(record: Record, device: str) -> None:
         raise Missing("gikernels.selftest is not in this checkout")
     command = [sys.executable, "-m", "gikernels.selftest", "--device", device]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    said = (done.stdout + done.stderr).strip()
+    said = short((done.stdout + done.stderr).strip())
     print(said, flush=True)
     record.save(code=done.returncode, says=said[-20000:])
     if done.returncode:

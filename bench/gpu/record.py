@@ -42,6 +42,11 @@ def sources(root: Path = ROOT) -> str:
     return digest.hexdigest()[:12]
 
 
+def short(text: str) -> str:
+    """Paths of this checkout without where it lies, which is nobody's business."""
+    return text.replace(f"{ROOT}{os.sep}", "")
+
+
 def write(path: Path, data: Any) -> None:
     """All of it or nothing, whenever the process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
