@@ -18,7 +18,9 @@ PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl", "nump
 
 
 def commit() -> str:
-    """Of the checkout; where there is no history or no git, what GIKERNELS_COMMIT says."""
+    """What GIKERNELS_COMMIT says, of a copy without its history; else that of the checkout."""
+    if told := os.environ.get("GIKERNELS_COMMIT"):
+        return told
 
     def git(*args: str) -> str:
         try:
@@ -29,7 +31,7 @@ def commit() -> str:
 
     head = git("rev-parse", "--short", "HEAD")
     if not head:
-        return os.environ.get("GIKERNELS_COMMIT", "no-git")
+        return "no-git"
     return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
