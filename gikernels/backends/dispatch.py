@@ -11,7 +11,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,12 +38,17 @@ class BackendStatus(NamedTuple):
         return self.available
 
 
-def _constant(function: Callable[..., object]) -> None:
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def _constant(function: Function) -> Function:
     """torch.compile asks it once and does not look inside, where there is what it cannot trace. So
     does torch.compiler.assume_constant_result, which would import the compiler."""
     function.__dict__["_dynamo_marked_constant"] = True
+    return function
 
 
+@_constant
 def interpreting() -> bool:
     """Triton reads the variable when a kernel is decorated: set it before the import."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -71,14 +76,11 @@ def backend_status(name: str) -> BackendStatus:
     return _triton() if name == "triton" else _native(name)
 
 
+@_constant
 def _trouble(name: str) -> str:
     """Why the backend cannot run here; empty where it can."""
     status = backend_status(name)
     return "" if status else status.reason
-
-
-for each in (interpreting, _trouble):
-    _constant(each)
 
 
 def backends() -> dict[str, BackendStatus]:
@@ -86,6 +88,7 @@ def backends() -> dict[str, BackendStatus]:
     return {name: backend_status(name) for name in BACKENDS}
 
 
+@_constant
 def exact_fp32() -> bool:
     """Whether the user wants fp32 products of fp32 matrices, as PyTorch's default is, and not TF32.
 
@@ -93,9 +96,6 @@ def exact_fp32() -> bool:
     turn knows what was said by the older functions.
     """
     return torch.backends.cuda.matmul.fp32_precision != "tf32"
-
-
-_constant(exact_fp32)
 
 
 def capturing(tensor: Tensor) -> bool:
