@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def study(args: argparse.Namespace) -> int:
     sections = _sections(args)
-    small = quick.REASONING if args.world == "reasoning" else quick.TOY
+    small = quick.TOY if args.world == "toy" else quick.REASONING
     seeds = {name: _seeds(args, name) for name in sections}
     tuning = any(seed in TUNING_SEEDS for each in seeds.values() for seed in each)
     folder = Path(args.folder) / ("quick" if args.quick else "tuning" if tuning else "")

@@ -54,6 +54,11 @@ WORLDS = {
         config="reasoning",
         one_model=True,
     ),
+    "smollm": World(
+        "such families for a pretrained model, SmolLM2-135M-Instruct after a short SFT",
+        config="reasoning_smollm",
+        one_model=True,
+    ),
 }
 
 
@@ -281,6 +286,14 @@ _REASONING_MAIN = (
     _reasoning("oracle", "groups: the true families", "groups.inference=oracle"),
     _reasoning("random", "groups at random", "groups.inference=random"),
 )
+_MORE = "ppo.prompts_per_step=32"
+_SMOLLM = (
+    Arm("smollm/sft", "the SFT model", world="smollm", kind="evaluate"),
+    Arm("smollm/default", "group-invariant PPO, as packaged", world="smollm"),
+    Arm("smollm/ppo", "PPO, as packaged beside it", (*PLAIN, "kl.coef=0.05"), "smollm"),
+    Arm("smollm/gi_grpo", "group-invariant GRPO", (*_GRPO, _MORE), "smollm"),
+    Arm("smollm/grpo", "GRPO", (*PLAIN, *_GRPO, _MORE, "kl.coef=0.05"), "smollm"),
+)
 _REASONING_RULES = tuple(
     _reasoning(rule, f"draws by the rule {rule}", f"groups.draw={rule}")
     for rule in ("variance", "gdro", "progress", "bandit", "signal")
@@ -306,6 +319,7 @@ ARMS: dict[str, Arm] = {
         *_ROBUSTNESS,
         *_REASONING_MAIN,
         *_REASONING_RULES,
+        *_SMOLLM,
     )
 }
 
@@ -403,6 +417,13 @@ SECTIONS: dict[str, Section] = {
         _names(_REASONING_RULES, "reasoning/default", "reasoning/ppo_equal"),
         control="reasoning/default",
     ),
+    "smollm": Section(
+        "A pretrained model",
+        "One SFT model for all, as many answers a step. On one GPU.",
+        _names(_SMOLLM),
+        seeds=1,
+        control="smollm/default",
+    ),
 }
 
 
@@ -412,12 +433,14 @@ def sections_of(world: str) -> list[str]:
     return [*STUDIES[world]] if world in STUDIES else [s for s in SECTIONS if s not in elsewhere]
 
 
-STUDIES = {"reasoning": ("reasoning", "reasoning_rules")}
+STUDIES = {"reasoning": ("reasoning", "reasoning_rules"), "smollm": ("smollm",)}
 """Sections with a page of their own; all others are the study of the toy world."""
 
 
 def controls(section: Section, arms: Sequence[str]) -> list[str]:
     """What the arms of a section are compared with, of those that are there."""
     equal = section.control.replace("default", "ppo_equal")
-    names = (section.control, equal, "reasoning/grpo", "default", "soft_ppo_equal")
+    world = section.control.partition("/")[0]
+    beside = (f"{world}/ppo", f"{world}/grpo", "default", "soft_ppo_equal")
+    names = (section.control, equal, *beside)
     return [name for name in dict.fromkeys(names) if name in arms]

@@ -17,7 +17,7 @@ import torch
 
 from bench.evidence import __main__ as command
 from bench.evidence import claims, disturb, measure
-from bench.evidence.matrix import ARMS, SECTIONS, WORLDS, sections_of
+from bench.evidence.matrix import ARMS, SECTIONS, STUDIES, WORLDS, sections_of
 from bench.evidence.scheduler import PRELOADED, Study, StudyError, alone_in, mean_coefficient
 from bench.evidence.store import Store, changed, settings_of
 from trainer import config as settings
@@ -80,11 +80,12 @@ def test_reasoning_stands_on_one_model_for_all_seeds_and_on_no_reward_model(tmp_
 
 
 def test_each_study_has_sections_of_its_own():
-    toy, other = sections_of("toy"), sections_of("reasoning")
-    assert not set(toy) & set(other) and {*toy, *other} == set(SECTIONS)
-    for name in SECTIONS:
-        worlds = {ARMS[arm].world == "reasoning" for arm in SECTIONS[name].arms}
-        assert worlds == {name in other}
+    own = {world: sections_of(world) for world in ("toy", *STUDIES)}
+    assert sorted(name for names in own.values() for name in names) == sorted(SECTIONS)
+    for world in STUDIES:
+        assert {ARMS[arm].world for name in own[world] for arm in SECTIONS[name].arms} == {world}
+    for name in own["toy"]:
+        assert not {ARMS[arm].world for arm in SECTIONS[name].arms} & set(STUDIES)
 
 
 def test_the_main_comparison_goes_seed_by_seed_and_before_the_rest():
