@@ -805,7 +805,7 @@ def partition(
     points = distinct_points(values, weights)
     u = len(points.values)
     n, w0, w1, w2 = (
-        F.pad(t.cumsum(0), (1, 0))
+        F.pad(t.cpu().cumsum(0), (1, 0))
         for t in (
             points.members.double(),
             points.mass,
@@ -813,19 +813,25 @@ def partition(
             points.mass * points.centred.square(),
         )
     )
+    begins = torch.arange(u + 1)
 
-    def errors_ending_at(j: int) -> Tensor:
-        """Squared error of points[i:j] for every i < j; inf where it has too few members."""
-        sw, sx, sxx = w0[j] - w0[:j], w1[j] - w1[:j], w2[j] - w2[:j]
+    def errors_ending_at(j: Tensor) -> Tensor:
+        """(j, i) The squared error of points[i:j]; inf where it has too few members."""
+        j = j[:, None]
+        sw, sx, sxx = w0[j] - w0, w1[j] - w1, w2[j] - w2
         error = sxx - torch.where(sw > 0, sx.square() / torch.where(sw > 0, sw, 1), 0)
-        return error.clamp(min=0).masked_fill(n[j] - n[:j] < min_size, torch.inf)
+        few = (n[j] - n < min_size) | (begins >= j)
+        return error.clamp(min=0).masked_fill(few, torch.inf)
 
     best = torch.full((num_groups + 1, u + 1), torch.inf, dtype=torch.float64)
     best[0, 0] = 0
     cut = torch.zeros(num_groups + 1, u + 1, dtype=torch.long)
-    for j in range(1, u + 1):
-        candidates = best[:-1, :j] + errors_ending_at(j).cpu()
-        best[1:, j], cut[1:, j] = candidates.min(1)  # the first of equals: the lowest cut
+    for ends in begins[1:].split(max(1, 2**20 // u)):
+        errors = errors_ending_at(ends)
+        # Of a block's own ends, level by level: those of the level below are there by then.
+        for k in range(1, num_groups + 1):
+            candidates = best[k - 1] + errors
+            best[k, ends], cut[k, ends] = candidates.min(1)  # the first of equals: the lowest cut
     if not torch.isfinite(best[num_groups, u]):
         raise ValueError(
             f"values: no partition of {len(values)} values ({u} distinct) into "

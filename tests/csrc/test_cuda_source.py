@@ -64,6 +64,7 @@ def compiled(tmp_path_factory):
     return library, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_kernels_compile_and_fit(compiled):
     """One CTA has 1024 threads, so 64 registers each; shared memory below 48 KB needs no opt-in."""
     _, said = compiled
@@ -82,6 +83,7 @@ def test_kernels_compile_and_fit(compiled):
         assert int(registers) <= 64 and int(spilled) <= 128 and shared <= 16 << 10
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_driver_gets_an_error_and_not_a_crash(compiled):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

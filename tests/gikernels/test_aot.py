@@ -15,6 +15,8 @@ from triton.backends.compiler import GPUTarget
 
 from tests.gikernels.aot import TARGETS, table
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):

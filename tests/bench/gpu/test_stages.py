@@ -22,6 +22,7 @@ def gpu(*arguments, cwd=ROOT, environment=None):
     return subprocess.run(line, cwd=cwd, env=given, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_cheap_stages_on_a_cpu(tmp_path):
     done = gpu("--minutes", 4, "--only", "versions,triton,small", "--output", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

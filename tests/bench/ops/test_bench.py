@@ -32,6 +32,7 @@ def bench(*arguments):
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_smoke_run_writes_everything(tmp_path, green):
     out = tmp_path / "results"
     quick = ("--quick", "--seconds", "0.01", "--device", "cpu", "--threads", "1")

@@ -427,6 +427,7 @@ print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 """
 
 
+@pytest.mark.slow
 def test_cpu_peak_memory_is_at_most_12_percent_of_plain_torch():
     """KiB above the inputs, of forward + backward, the gradients included; each in a process."""
     peak = {
