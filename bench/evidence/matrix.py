@@ -100,6 +100,8 @@ SOFT = (
 """Weights and adaptive KL on two soft groups, as in the paper, but found by exact inference."""
 ONE_COEF = ("kl.adaptive=false", "kl.coef=0.45")
 """What adaptive KL comes to on average in the packaged configuration."""
+EASIEST = ("kl.shape=easiest", "kl.coef=0.71")
+"""The same mean in the other form: the packaged one of the first edition."""
 AS_THEY_COME = ("groups.focus=0", "groups.beta=1", *ONE_COEF)
 """Weights on advantages and nothing else: where an objective is to be seen by itself."""
 
@@ -145,6 +147,11 @@ def _world(name: str) -> tuple[Arm, ...]:
 _MAIN = (
     Arm("sft", "SFT", kind="evaluate"),
     Arm("default", "group-invariant, as packaged: prompts drawn evenly, adaptive KL"),
+    Arm(
+        "easiest",
+        "adaptive KL as it was: whole for the easiest group, half for the others",
+        EASIEST,
+    ),
     _fixed("ppo_equal", "PPO at the method's mean coefficient", *PLAIN),
     Arm("one_coef", "without adaptive KL, at 0.45, about its mean", ONE_COEF),
     Arm("no_drawing", "without drawing: adaptive KL alone", ("groups.focus=0",)),
@@ -191,22 +198,14 @@ _NEIGHBOURS = tuple(
 _GROUPS = tuple(Arm(f"m{m}", f"M = {m}", (f"groups.num_groups={m}",)) for m in (2, 3, 8))
 _DRAWING = (
     Arm("focus_0.5", "focus 0.5", ("groups.focus=0.5",)),
-    Arm("pool_8", "a pool of 8 prompts for each one drawn", ("groups.pool=8",)),
-    *(
-        Arm(
-            f"pool_{pool}_{refresh}",
-            f"a pool of {pool}, renewed in {refresh} steps: asked {pool / refresh:g} times a draw",
-            (f"groups.pool={pool}", f"groups.refresh={refresh}"),
-        )
-        for pool, refresh in ((8, 8), (8, 16), (16, 32))
+    Arm(
+        "kept_pool",
+        "a pool of 16 that is renewed in 32 steps: the head is asked an eighth as often",
+        ("groups.pool=16", "groups.refresh=32"),
     ),
 )
-_GRADED = ("kl.shape=graded", "kl.coef=0.6")
-"""A mean coefficient of 0.45 again: the easier groups keep more of a smaller one."""
 _RULES = (
     Arm("variance", "variance: the paper's objective by drawing", ("groups.draw=variance",)),
-    Arm("graded", "even draws, graded KL", _GRADED),
-    Arm("variance_graded", "variance, graded KL", ("groups.draw=variance", *_GRADED)),
     Arm("gdro", "gdro: Group-DRO's adversary", ("groups.draw=gdro",)),
     Arm("progress", "progress: what has gained least", ("groups.draw=progress",)),
     Arm("bandit", "bandit: by the size of advantages", ("groups.draw=bandit",)),
@@ -354,12 +353,15 @@ SECTIONS: dict[str, Section] = {
     ),
     "groups": Section("Number of groups", "Default: M = 4.", _names(_GROUPS, "default")),
     "drawing": Section(
-        "How prompts are drawn", "Default: focus 1, pool 4.", _names(_DRAWING, "default")
+        "How prompts are drawn",
+        "Default: focus 1, a new pool of 4 at every step.",
+        _names(_DRAWING, "default"),
     ),
     "rules": Section(
         "By which rule prompts are drawn",
         "Default: even. Adaptive KL with all; every rule samples as many answers.",
         _names(_RULES, "default", "no_drawing", "ppo_equal"),
+        seeds=8,
     ),
     "forms": Section(
         "Form of the variance",

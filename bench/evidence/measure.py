@@ -39,6 +39,8 @@ MEASURES: dict[str, Measure] = {
     "worst_final": Measure("worst domain's gold, final", "worst, final", True, gold=True),
     "hardest_run": Measure("hardest domain's gold, over the run", "hardest, run", True, gold=True),
     "hardest_final": Measure("hardest domain's gold, final", "hardest, final", True, gold=True),
+    "easiest_run": Measure("easiest domain's gold, over the run", "easiest, run", True, gold=True),
+    "easiest_final": Measure("easiest domain's gold, final", "easiest, final", True, gold=True),
     "gold_run": Measure("mean gold, over the run", "mean, run", True, gold=True),
     "gold_final": Measure("mean gold, final", "mean, final", True, gold=True),
     "share_run": Measure("gold by training share, over the run", "by share, run", True, gold=True),
@@ -88,6 +90,7 @@ def figures(record: dict, sft: dict | None = None, grouped: dict | None = None) 
 
     domains = by_domain(start, "gold")
     hardest = min(domains, key=lambda name: domains[name])
+    easiest = max(domains, key=lambda name: domains[name])
     world = "reasoning" if settings.get("data.prompts") == "reasoning" else "toy"
     shares = {name: settings[f"{world}.shares.{name}"] for name in domains}
     whole = sum(shares.values())
@@ -97,7 +100,7 @@ def figures(record: dict, sft: dict | None = None, grouped: dict | None = None) 
         # Final: of the means, for one draw's lowest is lower than the lowest mean by chance.
         lowest = [min(each.values()) for each in gold] if when == "run" else [min(means.values())]
         out[f"worst_{when}"] = _mean(lowest)
-        out[f"hardest_{when}"] = means[hardest]
+        out[f"hardest_{when}"], out[f"easiest_{when}"] = means[hardest], means[easiest]
         out[f"gold_{when}"] = _mean([line["eval/gold"] for line in some])
         out[f"share_{when}"] = sum(shares[name] / whole * means[name] for name in domains)
         out[f"kl_{when}"] = _mean([line["eval/kl"] for line in some])

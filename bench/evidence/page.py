@@ -124,15 +124,17 @@ def _claims(seen: Sequence[claims.Seen]) -> list[Block]:
     for text, some in together.items():
         figures = "\n".join(f"{row.claim.figure} {_interval(row.interval)}" for row in some)
         compared = "\n".join(dict.fromkeys(row.claim.compared for row in some))
-        verdicts = list(dict.fromkeys(row.verdict for row in some))
+        said = [_verdict(row) for row in some]
+        verdicts = list(dict.fromkeys(said))
         if len(verdicts) > 1:
-            verdicts = [f"{row.claim.figure}: {row.verdict}" for row in some]
+            verdicts = [f"{row.claim.figure}: {each}" for row, each in zip(some, said)]
         rows.append((text, some[0].claim.source, compared, figures, "\n".join(verdicts)))
     about = (
         "Each difference is paired by seed, in brackets its 95 % interval (Student's t) and the "
         "number of seeds. Holds: the interval lies on the claim's side of 0 (`no worse`, `not "
         f"below`, `no cost`: above -{MARGIN}). No difference: it lies within {MARGIN} of 0. "
-        "Undecided: none of these; more seeds would tell. Worst, hardest: domains; mean: over "
+        "Undecided: none of these; so many seeds would tell if the difference is what it seems. "
+        "Worst, hardest, easiest: domains; mean: over "
         "domains; by share: as often as training has them; run: over the evaluations during "
         "training; final: the last policy."
     )
@@ -143,6 +145,13 @@ def _claims(seen: Sequence[claims.Seen]) -> list[Block]:
         Block("table", head=("claim", "whose", "compared", "seen", "verdict"), rows=tuple(rows)),
         *([Block("text", f"Not run: {'; '.join(missing)}.")] if missing else []),
     ]
+
+
+def _verdict(row: claims.Seen) -> str:
+    if row.verdict != claims.UNDECIDED or row.interval is None:
+        return row.verdict
+    needed = claims.seeds_needed(row.interval)
+    return f"{row.verdict} ({f'about {needed}' if needed else 'more than 1000'} seeds would tell)"
 
 
 def _wins(runs: Runs) -> list[Block]:
@@ -307,12 +316,13 @@ def _definitions() -> list[Block]:
             "text",
             "gold: judged by program; nothing trains on it. worst: the lowest of the domains at "
             "each evaluation (final: of their means over four evaluations with other random "
-            "numbers). hardest: the domain in which the SFT model of the seed is worst, fixed. "
-            "mean: over domains, of which the evaluation has equal parts. by share: domains "
-            "weighed as in training. run: the mean over the evaluations during training. proxy - "
-            "gold: its growth since SFT. gap: best less worst domain. hard group: the prompts that "
-            "the default run of the seed holds for hard, the same prompts for every arm. AMI: "
-            "adjusted mutual information of inferred group and true domain. Equal coefficient: "
+            "numbers). hardest, easiest: the domain in which the SFT model of the seed is worst, "
+            "best, fixed. mean: over domains, of which the evaluation has equal parts. by share: "
+            "domains weighed as in training. run: the mean over the evaluations during training. "
+            "proxy - gold: its growth since SFT. gap: best less worst domain. hard group: the "
+            "prompts that the default run of the seed holds for hard, the same prompts for every "
+            "arm. AMI: adjusted mutual information of inferred group and true domain. Equal "
+            "coefficient: "
             "kl.coef is the mean that the method used in that seed. collapses: falls of mean gold "
             "by more than 0.1 below its best so far.",
         ),

@@ -21,6 +21,7 @@ def plots(runs: Runs, target: Path) -> list[Block]:
         made = {
             "evidence-curves.png": _curves(runs),
             "evidence-frontier.png": _frontier(runs),
+            "evidence-pareto.png": _pareto(runs),
             "evidence-differences.png": _forest(runs),
         }
     captions = {
@@ -30,6 +31,8 @@ def plots(runs: Runs, target: Path) -> list[Block]:
         "evidence-frontier.png": "The method against PPO's sweep of coefficients, means over "
         "the seeds that all of these have. PPO without a penalty and the paper's own recipe, far "
         "below, are left out: see the tables.",
+        "evidence-pareto.png": "What the worst domain gains and what the easiest loses, over the "
+        "run, means over the seeds that all of these have.",
         "evidence-differences.png": "Worst domain's gold over the run: each arm less its control. "
         "What lies beyond the edge is cut off there, with its mean in figures.",
     }
@@ -132,6 +135,39 @@ def _frontier(runs: Runs) -> Figure | None:
                 axes.scatter([at], [height], color=colour, s=60, zorder=3, label=ARMS[arm].title)
     handles, labels = figure.axes[2].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure
+
+
+PARETO = ("default", "easiest", "one_coef", "variance", "gdro", "progress", "bandit", "signal")
+
+
+def _pareto(runs: Runs) -> Figure | None:
+    """Each arm at its worst and its easiest domain: up and to the right is better."""
+    sweep = runs.candidates("toy")
+    shown = [arm for arm in (*PARETO, "no_drawing", "sft") if arm in runs.figures]
+    if len(sweep) < 2 or "default" not in shown:
+        return None
+    seeds = set.intersection(*(set(runs.figures[arm]) for arm in (*sweep, *shown)))
+    if not seeds:
+        return None
+    figure = Figure(figsize=(9.6, 4.6))
+    axes = figure.add_subplot()
+    axes.set_xlabel(MEASURES["worst_run"].title)
+    axes.set_ylabel(MEASURES["easiest_run"].title)
+
+    def point(arm: str) -> tuple[float, float]:
+        worst, easiest = (runs.mean(arm, name, seeds) for name in ("worst_run", "easiest_run"))
+        assert worst is not None and easiest is not None
+        return worst, easiest
+
+    points = sorted(map(point, sweep))
+    axes.plot(*zip(*points), color=RUN_COLOURS[1], marker="o", label="PPO, each coefficient")
+    for arm in shown:
+        colour = {"default": RUN_COLOURS[0], "sft": SFT_COLOUR}.get(arm, RUN_COLOURS[2])
+        worst, easiest = point(arm)
+        axes.scatter([worst], [easiest], color=colour, s=50, zorder=3)
+        axes.annotate(arm, (worst, easiest), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axes.legend(loc="best")
     return figure
 
 

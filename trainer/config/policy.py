@@ -362,21 +362,22 @@ class Kl(Section, at="kl"):
     )
     adaptive: bool = key(
         True,
-        "Per sequence: eta * (floor + (1 - floor) * p_easiest); relaxed where it is hard.",
+        "A coefficient for each sequence, by its group: eta where it is easy, less where it is "
+        "hard (shape, floor).",
         basic=True,
     )
     floor: float = key(
         0.5,
-        "kappa: what is left of eta outside the easiest group. The paper has 0, which a "
+        "kappa: what is left of eta for the hardest group. The paper has 0, which a "
         "reward model that knows little of hard data pays for (docs/evidence.md).",
         low=0,
         high=1,
         basic=True,
     )
     shape: Literal["easiest", "graded"] = key(
-        "easiest",
-        "Adaptive: eta for the easiest group and floor * eta for all others; or from floor * eta "
-        "to eta in equal steps, hardest to easiest.",
+        "graded",
+        "Adaptive: from floor * eta to eta in equal steps, hardest group to easiest; or eta for "
+        "the easiest and floor * eta for all others. With two groups they are the same.",
     )
     estimator: Literal["k1", "k2", "k3", "exact"] = key(
         "k1", "Of the KL at a token; exact: over the whole vocabulary."

@@ -1,5 +1,7 @@
 """Intervals cover as often as they say, groups agree as sklearn says, verdicts follow."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -91,3 +93,16 @@ def test_no_verdict_without_an_interval():
     assert claims.verdict("above", interval([1.0]), gold=True) == claims.ONE_SEED
     narrow = Interval(0.0, -0.001, 0.001, (0, 0), 8)
     assert claims.verdict("above", narrow, gold=False) == claims.UNDECIDED
+
+
+def test_so_many_seeds_would_tell():
+    seen = interval([0.05, -0.01, 0.03, 0.04, -0.02])
+    assert claims.verdict("above", seen, True) == claims.UNDECIDED
+    needed = claims.seeds_needed(seen)
+    spread = seen.half * math.sqrt(5) / stats.t_quantile(0.975, 4)
+
+    def half(n):
+        return stats.t_quantile(0.975, n - 1) * spread / math.sqrt(n)
+
+    assert needed > 5 and half(needed) < seen.mean <= half(needed - 1)
+    assert claims.seeds_needed(interval([0.05, -0.05, 1e-9])) is None
