@@ -166,7 +166,8 @@ def _training(records: Records) -> str:
     ours, trl = found["ours"], found.get("trl")
     text = (
         f"{STEP}, {ours['tokens_per_step']:.0f} tokens: "
-        f"{ours['tokens_per_second']:.0f} tokens/s, {ours['peak_memory_bytes'] / 2**30:.1f} GiB"
+        f"{ours['tokens_per_second']:.0f} tokens/s, {ours['peak_memory_bytes'] / 2**30:.1f} GiB, "
+        f"{ours['rollout_seconds']:.2f} of {ours['step_seconds']:.2f} s for sampling"
     )
     if "mfu" in ours:
         text += f", the update at {ours['mfu']:.0%} of the product's speed"
@@ -175,6 +176,8 @@ def _training(records: Records) -> str:
         text += f"{trl['peak_memory_bytes'] / 2**30:.1f} GiB"
     elif "trl_absent" in found:
         text += f"; TRL's GRPOTrainer absent: {found['trl_absent']}"
+    if (sources := records["training"]["sources"]) != _first(records)["sources"]:
+        text += f" (a later call, sources {sources})"
     return f"{text}."
 
 

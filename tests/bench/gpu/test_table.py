@@ -1,5 +1,7 @@
 """The table says what was measured, what was not, and nothing fast that is wrong."""
 
+import json
+
 import pytest
 
 from bench import report
@@ -35,6 +37,7 @@ def results(root, **changes):
         "peers": {"cases": {"beside": {"rows": peers, "absent": [
             {"case": "head", "contender": "Liger", "reason": "not installed"}]}}},
         "training": {"ours": {"tokens_per_step": 8960.0, "tokens_per_second": 21000.0,
+                              "rollout_seconds": 0.31, "step_seconds": 0.43,
                               "peak_memory_bytes": 20 << 30, "mfu": 0.41},
                      "trl_absent": "ModuleNotFoundError: No module named 'trl'"},
     }  # fmt: skip
@@ -70,7 +73,15 @@ def test_a_gpus_line(tmp_path):
     assert "**NVIDIA H100 80GB HBM3**, torch 2.14.0, triton 3.8.0, python 3.12.1" in text
     assert "product 798.1 TFLOP/s, copy 3.01 TB/s, sources 0123456789ab" in text
     assert "selftest done; triton done (160 passed, 2 skipped); gpu not run." in text
-    assert "21000 tokens/s, 20.0 GiB, the update at 41% of the product's speed;" in text
+    step = (
+        "21000 tokens/s, 20.0 GiB, 0.31 of 0.43 s for sampling, the update at 41% of the product's"
+    )
+    assert f"{step} speed;" in text and "a later call" not in text
+    path = tmp_path / "bench" / "results" / "gpu-h100" / "training.json"
+    record.write(path, json.loads(path.read_text()) | {"sources": "fedcba987654"})
+    assert text.removesuffix(".") + " (a later call, sources fedcba987654)." == table.short(
+        tmp_path / "bench" / "results"
+    )
     assert "TRL's GRPOTrainer absent: ModuleNotFoundError: No module named 'trl'." in text
 
 
