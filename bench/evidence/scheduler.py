@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +180,7 @@ class Scheduler:
         """Until nothing can be started any more; the steps that failed."""
         with alone_in(self.store.folder), terminated_as_interrupt():
             shutil.rmtree(self.store.folder / "running", ignore_errors=True)
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(PRELOADED)
+            context = _processes()
             there = sum(self.study.missing(*each) is None for each in self.wanted)
             print(f"{there} of {len(self.wanted)} results are there", flush=True)
             self.began = time.time()
@@ -196,7 +196,7 @@ class Scheduler:
                     child.join()
         return self.failed
 
-    def _start(self, context) -> bool:
+    def _start(self, context: BaseContext) -> bool:
         """Start what is ready, in order, while there is a free worker."""
         started = False
         for arm, seed in self.wanted:
@@ -271,6 +271,18 @@ class Scheduler:
     def _left(self, todo: int) -> str:
         seconds = (time.time() - self.began) / self.finished * todo
         return f"about {seconds / 60:.0f} min to go" if todo else "all there"
+
+
+def _processes() -> BaseContext:
+    """Forked from a server that has imported everything; but a fork of what has looked for a GPU
+    cannot use it, so with a GPU each run imports for itself."""
+    import torch
+
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def _in_folder(config: Config, folder: Path) -> Config:
