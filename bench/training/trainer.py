@@ -11,6 +11,8 @@ there (TRL dropped its PPO trainer); their cost is given relative to our critic-
 
 Two updates a step, as in the toy configuration. With `--updates 1` GRPOTrainer saves the forward
 for the old log-probabilities, which we compute always (to compare them with the rollout's).
+
+Peak memory is that of a process for each contender alone, beyond what it has when all is imported.
 """
 
 from __future__ import annotations
@@ -18,12 +20,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 
+from bench.host import process
+from bench.host.machine import ROOT, with_path
 from trainer import parallel
 from trainer.config import load
 from trainer.ppo import build, loop
@@ -33,6 +39,15 @@ from trainer.worlds.toy import World
 
 PROMPTS, SAMPLES, LIMIT = 32, 4, 12
 LEARNING_RATE, KL = 1e-6, 0.04  # so small that the models, and with them the lengths, stay alike
+TRL = "TRL GRPOTrainer"
+FREE = ("ppo.advantages=group_norm", "ppo.kl_in_loss=true", "kl.estimator=k3")
+PLAIN = ("groups.inference=none",)
+OURS = {
+    "critic-free": (*FREE, *PLAIN),
+    "PPO with critic": PLAIN,
+    "group-invariant PPO": (),
+}
+ALONE = 8  # steps in a process of its own
 
 
 def first_letters(prompts, completions, meta=None, **others) -> list[float]:
@@ -142,6 +157,38 @@ def run_trl(
     return seconds, tokens
 
 
+def ours(name: str, folder: Path, args: argparse.Namespace) -> Ours:
+    same = (
+        f"model.dtype={args.dtype}",
+        f"model.attention={args.attention}",
+        "rollout.logprob_bound=1",
+    )
+    return Ours(name, setting(folder, args.updates, *OURS[name], *same))
+
+
+def peak_alone(args: argparse.Namespace) -> int:
+    """Bytes that a contender's process takes at most beyond what it has when all is imported."""
+    import trl  # noqa: F401 - in all, so that it is in none's figure
+
+    process.CLEAR.write_text("5")  # the high-water mark falls to what there is
+    before = process.resident("VmRSS")
+    if args.alone == TRL:
+        run_trl(args.folder, ALONE, args.updates, args, lambda: None)
+    else:
+        contender = ours(args.alone, args.folder, args)
+        for _ in range(ALONE):
+            contender()
+    return process.resident("VmHWM") - before
+
+
+def in_a_process(name: str, folder: Path, args: argparse.Namespace) -> int:
+    line = [sys.executable, "-m", "bench.training.trainer", "--alone", name]
+    line += ["--folder", str(folder), "--updates", str(args.updates), "--dtype", args.dtype]
+    line += ["--attention", args.attention, "--threads", str(args.threads)]
+    done = subprocess.run(line, cwd=ROOT, env=with_path(), stdout=subprocess.PIPE, check=True)
+    return int(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
@@ -150,44 +197,43 @@ def main() -> None:
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures there as well")
+    parser.add_argument("--alone", choices=(TRL, *OURS), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.alone:
+        print(peak_alone(args))
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # Somewhat trained, so that answers have the lengths of answers.
         short = load("toy", ["sft.steps=60", "trainer.progress=false", f"run.output={folder}"])
         sft.run(short, RunFolder(folder))
-        free = ["ppo.advantages=group_norm", "ppo.kl_in_loss=true", "kl.estimator=k3"]
-        plain = ["groups.inference=none"]
-        same = [
-            f"model.dtype={args.dtype}",
-            f"model.attention={args.attention}",
-            "rollout.logprob_bound=1",
-        ]
-        ours = [
-            Ours("critic-free", setting(folder, args.updates, *free, *plain, *same)),
-            Ours("PPO with critic", setting(folder, args.updates, *plain, *same)),
-            Ours("group-invariant PPO", setting(folder, args.updates, *same)),
-        ]
-        theirs = run_trl(folder, args.steps, args.updates, args, lambda: [each() for each in ours])
+        peaks = {name: in_a_process(name, folder, args) for name in (TRL, *OURS)}
+        beside = [ours(name, folder, args) for name in OURS]
+        theirs = run_trl(
+            folder, args.steps, args.updates, args, lambda: [each() for each in beside]
+        )
     warm = max(2, args.steps // 5)
-    rows = {"TRL GRPOTrainer": theirs} | {each.name: (each.seconds, each.tokens) for each in ours}
+    rows = {TRL: theirs} | {each.name: (each.seconds, each.tokens) for each in beside}
     figures = {
         name: {
             "step_seconds": statistics.median(seconds[warm:]),
             "tokens_per_step": statistics.mean(tokens[warm:]),
+            "peak_bytes": peaks[name],
         }
         for name, (seconds, tokens) in rows.items()
     }
-    base, free_step = figures["TRL GRPOTrainer"], figures["critic-free"]["step_seconds"]
+    base, free_step = figures[TRL], figures["critic-free"]["step_seconds"]
     print(
         f"{PROMPTS} prompts x {SAMPLES} samples, {args.updates} update(s) a step, at most {LIMIT} "
         f"new tokens, {args.dtype}, {args.attention} attention, {torch.get_num_threads()} "
         f"thread(s), {parallel.device()}"
     )
-    line = "{:<20}{:>10}{:>13}{:>10}{:>9}{:>16}"
-    print(line.format("", "s/step", "tokens/step", "tokens/s", "vs TRL", "vs critic-free"))
+    line = "{:<20}{:>10}{:>13}{:>10}{:>9}{:>16}{:>10}"
+    heads = ("s/step", "tokens/step", "tokens/s", "vs TRL", "vs critic-free", "peak MiB")
+    print(line.format("", *heads))
     for name, each in figures.items():
         each["tokens_per_second"] = each["tokens_per_step"] / each["step_seconds"]
         each["speed_over_trl"] = base["step_seconds"] / each["step_seconds"]
@@ -200,6 +246,7 @@ def main() -> None:
                 f"{each['tokens_per_second']:.0f}",
                 f"{each['speed_over_trl']:.2f}x",
                 f"{each['time_over_critic_free']:.2f}x",
+                f"{each['peak_bytes'] / 2**20:.0f}",
             )
         )
     if args.json:
