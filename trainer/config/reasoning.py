@@ -23,11 +23,11 @@ class Reasoning(Section, at="reasoning"):
     shares: Mapping[str, float] = key(
         {
             "number_filtering": 0.30,
-            "chain_sum": 0.25,
+            "chain_sum": 0.20,
             "number_sequence": 0.15,
             "gcd": 0.15,
             "decimal_chain_sum": 0.10,
-            "products": 0.05,
+            "leg_counting": 0.10,
         },
         "Families and their shares of the training prompts.",
         filled("at least one family"),
@@ -36,7 +36,7 @@ class Reasoning(Section, at="reasoning"):
         basic=True,
     )
     held_out: tuple[str, ...] = key(
-        ("basic_arithmetic", "leg_counting"),
+        ("basic_arithmetic", "products"),
         "Families that training never has: out of distribution, beside harder problems of the "
         "others.",
         among(FAMILIES),

@@ -394,7 +394,7 @@ def test_a_killed_study_goes_on_and_a_failed_arm_does_not_stop_the_others(tmp_pa
 def test_every_interval_in_the_documents_stands_in_a_result_file():
     """A difference is quoted with its interval, and a quoted one is not older than the results."""
     root = Path(__file__).parents[3]
-    results = "\n".join(path.read_text() for path in (root / "bench" / "results").glob("*.md"))
+    results = "\n".join(path.read_text() for path in (root / "bench" / "results").rglob("*.md"))
     difference = re.compile(r"([+-]?\d\.\d+) \[([+-]\d\.\d+), ([+-]\d\.\d+)\]")
 
     def size(text):
