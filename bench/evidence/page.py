@@ -77,7 +77,8 @@ def write(study: Study, arms: Sequence[str], target: Path, world: str = "toy") -
         *([] if toy else _domains(runs)),
         *_definitions(),
     ]
-    title = "Evidence" if study.extra == () else "Evidence: a smoke run, which shows nothing"
+    title = "Evidence" if toy else f"Evidence: the world {world}"
+    title = title if study.extra == () else "Evidence: a smoke run, which shows nothing"
     name = "evidence" if toy else f"evidence-{world}"
     (target / f"{name}.md").write_text(markdown(title, blocks))
     (target / f"{name}.html").write_text(html(title, blocks, target))
