@@ -46,7 +46,7 @@ def test_two_steps_of_each_stage(tmp_path):
     tokenizer = load_tokenizer(config.model.policy, config)
     assert tokenizer.pad_token is not None and tokenizer.chat_template
     for stage in config.stages:
-        registry.RUN[stage](config, run, False)
+        registry.run(stage, config, run, False)
     lines = read_lines(run.metrics)
     assert [(line["stage"], line["step"]) for line in lines] == [
         *(("sft", 1), ("sft", 2), ("eval", 0), ("ppo", 1), ("ppo", 2), ("eval", 2))

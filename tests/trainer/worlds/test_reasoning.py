@@ -159,7 +159,7 @@ def whole(folder, *overrides):
     run = RunFolder(folder)
     config = small(folder, "baselines={}", *overrides)
     for stage in config.stages:
-        registry.RUN[stage](config, run, False)
+        registry.run(stage, config, run, False)
     return run, config
 
 
@@ -186,7 +186,7 @@ def test_a_run_is_bit_equal_and_says_what_is_right(tmp_path):
 
     page = report.write([run.path]).read_text()
     assert "pass@1 by family" in page and "out of distribution" in page
-    assert (run.path / "plots" / "bars_domain_pass_1.png").is_file()
+    assert len(list((run.path / "plots").glob("bars_domain_pass_1_*.png"))) == 1
     evaluate.run(config, run)
     only = read_lines(run.metrics)[-1]
     assert only["stage"] == "eval_only" and only["eval/pass@1"] == pytest.approx(
