@@ -241,6 +241,8 @@ GROUPS: tuple[Claim, ...] = (
            "kept_pool", "default"),
     *_both("Graded KL is better than whole for the easiest group alone", "ours", "above",
            "default", "easiest"),
+    _pair("... and keeps more of the easiest domain", "ours", "above", "default", "easiest",
+          "easiest_run"),
     *(
         claim
         for name, title in (

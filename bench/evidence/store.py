@@ -45,8 +45,11 @@ def changed(wanted: Settings, there: Settings) -> list[str]:
     defaults = settings.flat(Config().to_dict())
     missing = object()
     lines = []
-    idle = {"kl.floor"} if not wanted.get("kl.adaptive", True) else set()  # nothing looks at it
-    for key in sorted((wanted.keys() | there.keys()) - idle):
+    idle = {"kl.floor", "kl.shape"} if not wanted.get("kl.adaptive", True) else set()
+    elsewhere = "toy." if wanted.get("data.prompts") == "reasoning" else "reasoning."
+    for key in sorted((wanted.keys() | there.keys()) - idle):  # of idle ones nothing takes notice
+        if key.startswith(elsewhere):
+            continue
         ours, theirs = wanted.get(key, missing), there.get(key, defaults.get(key, missing))
         if key not in wanted:  # gone from the code: nobody knows what it would mean now
             lines.append(f"{key}: {theirs!r} -> gone")

@@ -155,6 +155,7 @@ def test_a_new_setting_counts_as_unchanged_only_at_its_default():
     there = settings_for()
     older = {key: value for key, value in there.items() if key != "groups.form"}
     assert changed(settings_for(), older) == []
+    assert changed(settings_for(), {**older, "reasoning.seed": 7}) == []  # another world's
     assert changed(settings_for("groups.form=uniform"), older) == [
         "groups.form: 'mass' -> 'uniform'"
     ]
