@@ -160,13 +160,18 @@ def _pareto(runs: Runs) -> Figure | None:
         assert worst is not None and easiest is not None
         return worst, easiest
 
-    points = sorted(map(point, sweep))
+    by_coefficient = sorted(sweep, key=lambda arm: runs.mean(arm, "coef", seeds) or 0)
+    points = [point(arm) for arm in by_coefficient]
     axes.plot(*zip(*points), color=RUN_COLOURS[1], marker="o", label="PPO, each coefficient")
-    for arm in shown:
+    for place, arm in enumerate(sorted(shown, key=lambda arm: -point(arm)[1])):
         colour = {"default": RUN_COLOURS[0], "sft": SFT_COLOUR}.get(arm, RUN_COLOURS[2])
         worst, easiest = point(arm)
         axes.scatter([worst], [easiest], color=colour, s=50, zorder=3)
-        axes.annotate(arm, (worst, easiest), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        aside, side = (7, "left") if place % 2 == 0 else (-7, "right")
+        axes.annotate(
+            arm, (worst, easiest), xytext=(aside, -3), textcoords="offset points",
+            ha=side, fontsize=8,
+        )  # fmt: skip
     axes.legend(loc="best")
     return figure
 
