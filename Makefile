@@ -30,7 +30,7 @@ unit: setup ## the tests alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-slow: setup ## what takes half a minute or more a test: every launch dry-run, kernels emulated ...
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 # Kills, flipped bits, mutated inputs, full disks, at random: what was tried and what was survived.
 MINUTES ?= 10
