@@ -69,6 +69,7 @@ class Browser:
         self.profile.cleanup()
 
     session = None
+    showing, loaded = "", False  # which document, and whether it is whole
 
     def send(self, method, **params):
         self.count += 1
@@ -102,17 +103,19 @@ class Browser:
             self.console.append(params["entry"]["text"])
         elif method == "Runtime.consoleAPICalled":
             self.console.append([each.get("value") for each in params["args"]])
+        elif method == "Page.frameNavigated" and "parentId" not in params["frame"]:
+            self.showing, self.loaded = params["frame"]["loaderId"], False
         elif method == "Page.loadEventFired":
             self.loaded = True
         elif method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
 
     def open(self, url):
-        """Until it has loaded; returns the seconds that took."""
-        began, self.loaded = time.perf_counter(), False
-        self.send("Page.navigate", url=url)
+        """Until it has loaded, and not the page before; returns the seconds that took."""
+        began = time.perf_counter()
+        asked = self.send("Page.navigate", url=url)["loaderId"]
         until = time.monotonic() + 60
-        while not self.loaded:
+        while not (self.loaded and self.showing == asked):
             self.heard(self.next(until))
         return time.perf_counter() - began
 
