@@ -289,9 +289,9 @@ _MORE = "ppo.prompts_per_step=32"
 _SMOLLM = (
     Arm("smollm/sft", "the SFT model", world="smollm", kind="evaluate"),
     Arm("smollm/default", "group-invariant PPO, as packaged", world="smollm"),
-    Arm("smollm/ppo", "PPO, as packaged beside it", (*PLAIN, "kl.coef=0.05"), "smollm"),
+    Arm("smollm/ppo", "PPO, as packaged beside it", (*PLAIN, "kl.coef=0.04"), "smollm"),
     Arm("smollm/gi_grpo", "group-invariant GRPO", (*_GRPO, _MORE), "smollm"),
-    Arm("smollm/grpo", "GRPO", (*PLAIN, *_GRPO, _MORE, "kl.coef=0.05"), "smollm"),
+    Arm("smollm/grpo", "GRPO", (*PLAIN, *_GRPO, _MORE, "kl.coef=0.04"), "smollm"),
 )
 _REASONING_RULES = tuple(
     _reasoning(rule, f"draws by the rule {rule}", f"groups.draw={rule}")
