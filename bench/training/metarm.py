@@ -6,8 +6,12 @@
 
 All variants of a seed begin with one SFT model, one reward model and one policy after PPO, and see
 the same prompts and random numbers; so each is compared with the control `none` of its own seed,
-and intervals are of those paired differences (bootstrap over seeds, 95 %). Answers of round 1 are
+and intervals are of those paired differences (Student's over seeds, 95 %). Answers of round 1 are
 the same for all variants; later ones are of policies that have parted.
+
+A variant whose policies stay nearer to the SFT model may win by that alone. So the control runs at
+other KL coefficients, too, and what a variant has above the control's curve of gold over KL, at the
+variant's own KL and in its own seed, is the comparison at equal KL.
 
 `gold` judges by program. `taste` is what the annotators would say without noise: gold, and a liking
 for a flourish that gold dislikes. The pairs know taste only, so no method without new labels can
@@ -85,6 +89,8 @@ VARIANTS = {
     "additive": ["metarm.variant=additive", "metarm.step=1"],
     "supported": ["metarm.variant=supported", "metarm.step=0.1"],
 }
+CONTROLS = {f"none_{coef}": [f"kl.coef={coef}"] for coef in (0.15, 0.45, 0.7)}
+"""With COMMON's 0.3, the points of the control's curve."""
 
 
 # --- the runs -------------------------------------------------------------------------------------
@@ -113,7 +119,7 @@ def one_seed(folder: Path, seed: int, variants: list[str], rounds: int, extra: l
             shutil.copytree(base.path / "models", aside / "models")
             shutil.copy(base.pairs, aside)
             aside.rename(run.path)
-        overrides = [*extra, "rm.batch=64", *VARIANTS[name]]
+        overrides = [*extra, "rm.batch=64", *(VARIANTS | CONTROLS)[name]]
         metarm.run(setting(run, seed, rounds, overrides), run, resume=True)
 
 
@@ -259,6 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/metarm"))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--controls", nargs="*", choices=CONTROLS, default=list(CONTROLS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2, help="each has one thread")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -274,14 +281,17 @@ def main(arguments: list[str] | None = None) -> None:
     extra, name = [], "metarm"
     if args.quick:
         args.seeds, args.variants, args.rounds = [100], ["none", "supported"], 1
+        args.controls = ["none_0.7"]
         args.folder, extra, name = args.folder / "quick", QUICK, "metarm_quick"
-    study(args.folder, args.seeds, args.variants, args.rounds, extra, args.processes)
+    runs = [*args.variants, *args.controls]
+    study(args.folder, args.seeds, runs, args.rounds, extra, args.processes)
     results = {
         "seeds": args.seeds,
         "variants": args.variants,
+        "controls": args.controls,
         "rounds": args.rounds,
-        "settings": {"common": COMMON + extra, **{v: VARIANTS[v] for v in args.variants}},
-        "rows": collect(args.folder, args.seeds, args.variants),
+        "settings": {"common": COMMON + extra, **{v: (VARIANTS | CONTROLS)[v] for v in runs}},
+        "rows": collect(args.folder, args.seeds, runs),
     }
     (args.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.output / f"{name}.md").write_text(markdown(results))

@@ -6,18 +6,10 @@ import statistics
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 from matplotlib.figure import Figure
 
+from bench.evidence.stats import interpolate, interval
 from trainer.report import STYLE
-
-
-def interval(values: list[float], draws: int = 10_000) -> tuple[float, float, float]:
-    """Mean, and the middle 95 % of the means of resampled seeds."""
-    given = np.asarray(values)
-    picks = np.random.default_rng(0).integers(len(given), size=(draws, len(given)))
-    low, high = np.quantile(given[picks].mean(1), (0.025, 0.975))
-    return float(given.mean()), float(low), float(high)
 
 
 def column(rows: list[dict], variant: str, n: int, key: str) -> dict[int, float]:
@@ -49,6 +41,30 @@ def over_rounds(rows: list[dict], variant: str, rounds: range, key: str) -> list
     return [statistics.mean(a[seed] - b[seed] for a, b in both) for seed in sorted(seeds)]
 
 
+def at_equal_kl(results: dict, variant: str, rounds: range) -> list[float]:
+    """Seed by seed: mean gold over the rounds less the control's curve of gold over KL, at the
+    variant's own mean KL. The curve is straight between the control's coefficients and goes on
+    level at its ends."""
+    controls = ["none", *results["controls"]]
+
+    def means(name: str, key: str) -> dict[int, float]:
+        columns = [column(results["rows"], name, n, key) for n in rounds]
+        seeds = set.intersection(*map(set, columns))
+        return {seed: statistics.mean(each[seed] for each in columns) for seed in seeds}
+
+    names = {variant, *controls}
+    gold = {name: means(name, "policy/gold") for name in names}
+    kl = {name: means(name, "policy/kl") for name in names}
+    seeds = sorted(set.intersection(*map(set, (*gold.values(), *kl.values()))))
+    return [
+        gold[variant][seed]
+        - interpolate(
+            kl[variant][seed], [kl[c][seed] for c in controls], [gold[c][seed] for c in controls]
+        )
+        for seed in seeds
+    ]
+
+
 REWARD_MODEL = (
     ("spread", "relative spread"),
     ("taste_accuracy", "accuracy by taste"),
@@ -67,8 +83,11 @@ POLICY = (
 GOLD = (
     "Change from one round to the next, and 95 % over seeds; last, the mean over the rounds less "
     "the control's. `literal` takes a detour so short that it is a second control: what lies "
-    "between it and `none` is chance, for PPO enlarges any difference, and intervals from few "
-    "seeds are narrow."
+    "between it and `none` is chance, for PPO enlarges any difference."
+)
+EQUAL_KL = (
+    "Gold less that of the control's curve at the variant's own KL, seed by seed: the control ran "
+    "at other KL coefficients, too. Straight between its points, level beyond its ends."
 )
 
 
@@ -81,7 +100,7 @@ def markdown(results: dict) -> str:
         f"{len(results['seeds'])} seeds ({', '.join(map(str, results['seeds']))}), "
         f"{results['rounds']} rounds. `python -m bench.training.metarm` repeats it; its first "
         "lines say what the columns mean. In brackets: 95 % of the difference to `none` of the "
-        "same seed, bootstrap over seeds.",
+        "same seed, Student's over seeds.",
         "",
         "## Reward model, on answers of the policy as it is at the start of the round",
         "",
@@ -109,6 +128,20 @@ def markdown(results: dict) -> str:
         gains = [change(rows, variant, n, "policy/gold") for n in rounds]
         gains.append(over_rounds(rows, variant, rounds, "policy/gold"))
         lines.append(_row([variant, *(_interval(gain) if gain else "" for gain in gains)]))
+    if results["controls"]:
+        lines += ["", "## Gold at equal KL", "", EQUAL_KL, ""]
+        lines += _head(["control", *(f"KL, gold after {n}" for n in rounds)])
+        for name in ("none", *results["controls"]):
+            pairs = [
+                [_mean(rows, name, n, key) for key in ("policy/kl", "policy/gold")] for n in rounds
+            ]
+            lines.append(_row([name, *(", ".join(pair) for pair in pairs)]))
+        lines.append("")
+        lines += _head(["variant", *(f"after {n}" for n in rounds), "over the rounds"])
+        for variant in variants[1:]:
+            spans = [*(range(n, n + 1) for n in rounds), rounds]
+            cells = [_interval(at_equal_kl(results, variant, span)) for span in spans]
+            lines.append(_row([variant, *cells]))
     return "\n".join(lines) + "\n"
 
 
@@ -127,14 +160,18 @@ def _cell(rows: list[dict], variant: str, n: int, key: str) -> str:
         return ""
     text = f"{statistics.mean(values.values()):.3f}"
     if variant != "none" and (differences := against_control(rows, variant, n, key)):
-        _, low, high = interval(differences)
-        text += f" [{low:+.3f}, {high:+.3f}]"
+        seen = interval(differences)
+        text += f" [{seen.low:+.3f}, {seen.high:+.3f}]"
     return text
 
 
+def _mean(rows: list[dict], variant: str, n: int, key: str) -> str:
+    return f"{statistics.mean(column(rows, variant, n, key).values()):.3f}"
+
+
 def _interval(values: list[float]) -> str:
-    mean, low, high = interval(values)
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+    seen = interval(values)
+    return f"{seen.mean:+.3f} [{seen.low:+.3f}, {seen.high:+.3f}]"
 
 
 COLOURS = ("#7d8597", "#b08900", "#2e6f95", "#8e6c8a", "#c8553d", "#588157")
@@ -157,7 +194,8 @@ def plot(results: dict, path: Path) -> None:
                 for n in range(results["rounds"] + 1):
                     values = list(column(results["rows"], variant, n, key).values())
                     if values:
-                        points.append((n, *interval(values)))
+                        seen = interval(values)
+                        points.append((n, seen.mean, seen.low, seen.high))
                 xs, means, lows, highs = zip(*points)
                 colour = COLOURS[i % len(COLOURS)]
                 dodge = [x + 0.05 * (i - len(results["variants"]) / 2) for x in xs]

@@ -40,13 +40,31 @@ def test_differences_are_of_the_same_seed_and_round():
     missing = [row for row in rows() if (row["seed"], row["variant"]) != (2, "none")]
     found = metarm_page.against_control(missing, "literal", 2, "policy/gold")
     assert found == pytest.approx([0.2, 0.2])
-    mean, low, high = metarm_page.interval([1.0, 2.0, 3.0, 4.0])
-    assert mean == 2.5 and 1 <= low < 2 < 3 < high <= 4
-    assert metarm_page.interval([0.2, 0.2]) == pytest.approx((0.2, 0.2, 0.2))
+
+
+def test_equal_kl_is_the_controls_curve_at_the_variants_own_kl():
+    def line(seed, variant, n, kl, gold):
+        figures = {"policy/kl": kl, "policy/gold": gold}
+        return {"seed": seed, "variant": variant, "round": n, **figures}
+
+    made = []
+    for seed in (1, 2):  # the control: gold = kl / 4 + seed, between KL 2 and 4
+        for n in (1, 2):
+            made.append(line(seed, "none", n, 2 + 0.1 * n, 0.5 + 0.025 * n + seed))
+            made.append(line(seed, "none_0.15", n, 4 + 0.1 * n, 1 + 0.025 * n + seed))
+            made.append(line(seed, "literal", n, 3 + 0.1 * n, 0.75 + 0.025 * n + seed + 0.1))
+            made.append(line(seed, "additive", n, 9, 1.03 + seed))  # beyond the end: level
+    results = {"rows": made, "controls": ["none_0.15"]}
+    both = range(1, 3)
+    assert metarm_page.at_equal_kl(results, "literal", both) == pytest.approx([0.1, 0.1])
+    assert metarm_page.at_equal_kl(results, "literal", range(2, 3)) == pytest.approx([0.1, 0.1])
+    level = 1 + 0.025 * 1.5
+    assert metarm_page.at_equal_kl(results, "additive", both) == pytest.approx([1.03 - level] * 2)
 
 
 def test_page_and_plot(tmp_path):
     results = {"seeds": [1, 2, 3], "variants": ["none", "literal"], "rounds": 2, "rows": rows()}
+    results["controls"] = ["literal"]
     for row in results["rows"]:
         for key, _ in metarm_page.REWARD_MODEL:
             row |= {f"before/{key}": 0.5, f"after/{key}": 0.5}
@@ -55,6 +73,7 @@ def test_page_and_plot(tmp_path):
     assert "| 2 | literal | 0.600 [+0.200, +0.200] |" in page
     by_round = "+0.200 [+0.200, +0.200] | +0.200 [+0.200, +0.200]"
     assert f"| literal | {by_round} | +0.150 [+0.150, +0.150] |" in page
+    assert "| literal | +0.000 [+0.000, +0.000] |" in page.partition("## Gold at equal KL")[2]
     metarm_page.plot(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
