@@ -42,7 +42,14 @@ def batch_indices(count: int, size: int, step: int, *seed: object) -> list[int]:
 
 def in_order(count: int, places: range, *seed: object) -> list[int]:
     """The examples at these places of an order that goes through all of them, epoch by epoch."""
-    return [int(_epoch(count, place // count, seed)[place % count]) for place in places]
+    out: list[int] = []
+    at = places.start
+    while at < places.stop:
+        epoch, first = divmod(at, count)
+        some = _epoch(count, epoch, seed)[first : first + places.stop - at]
+        out += some.tolist()
+        at += len(some)
+    return out
 
 
 BLOCK = 4096
