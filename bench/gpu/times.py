@@ -38,6 +38,7 @@ def times(record: Record, device: str) -> None:
         f"{PIECES} {head.label}": partial(pieces, head, where),
     }
     for op, places in (
+        ("linear_experience", (0,)),
         ("experience", (0, 1)),
         ("groups", (0, 1)),
         ("partition", (0, 1)),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.ops import peers, peers_support, rows
+from bench.ops import peers, peers_experience, peers_support, rows
 from bench.ops.case import BOTH, FORWARD, Case, Shape, Work, copied, generator
 from bench.ops.peers import Inputs, Outputs
 from gikernels import reference
@@ -271,6 +271,49 @@ def logprobs(size: str) -> Iterator[Case]:
 # --- advantages and groups ----------------------------------------------------------------------
 
 
+def linear_experience(size: str) -> Iterator[Case]:
+    """Packed sequences of uneven lengths; forward only, as a trainer asks before any update."""
+
+    def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+        i, n, s, rng = head_inputs(shape, dtype, device), shape["N"], shape["S"], generator(device)
+        cuts = torch.arange(1, s, device=device) * (n // s)
+        cuts += torch.randint(
+            -(n // s // 4), n // s // 4 + 1, cuts.shape, device=device, generator=rng
+        )
+        cu_seqlens = torch.cat([cuts.new_zeros(1), cuts, cuts.new_full((1,), n)])
+
+        def noise(*sizes: int) -> Tensor:
+            return torch.randn(*sizes, device=device, generator=rng)
+
+        return {
+            **i,
+            "cu_seqlens": cu_seqlens,
+            "longest": int(cu_seqlens.diff().max()),
+            "ref_logprobs": noise(n).abs().neg(),
+            "values": noise(n),
+            "scores": noise(s),
+            "group_ids": torch.randint(4, (s,), device=device, generator=rng),
+            "num_groups": 4,
+        }
+
+    def specification(i: Inputs) -> Outputs:
+        return peers_experience.torch_linear_experience(i)
+
+    for shape in HEADS[size][:1]:
+        shape = {**shape, "S": 8 if size == "quick" else 32}
+        yield Case(
+            "linear_experience",
+            shape,
+            dtype_of(size),
+            inputs,
+            specification,
+            (),
+            peers_experience.LINEAR_EXPERIENCE,
+            head_work(shape, {FORWARD: (1, 0, 0)}),
+            {**shape, "N": min(shape["N"], 256)},
+        )
+
+
 def experience(size: str) -> Iterator[Case]:
     def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
         s, t, g, rng = shape["S"], shape["T"], shape["G"], generator(device)
@@ -407,6 +450,7 @@ OPS: dict[str, Callable[[str], Iterator[Case]]] = {
     "linear_policy_loss": linear_policy_loss,
     "linear_gather_logprobs": linear_gather_logprobs,
     "linear_divergence": linear_divergence,
+    "linear_experience": linear_experience,
     "experience": experience,
     "groups": groups,
     "group_advantages": group_advantages,
@@ -421,6 +465,7 @@ TESTS = {
     "linear_policy_loss": "tests/gikernels/vocabulary/test_policy_loss.py",
     "linear_gather_logprobs": "tests/gikernels/vocabulary/test_gather_logprobs.py",
     "linear_divergence": "tests/gikernels/vocabulary/test_divergence.py",
+    "linear_experience": "tests/gikernels/sequence/test_experience.py",
     "experience": "tests/gikernels/sequence/test_experience.py",
     "groups": "tests/gikernels/groups/test_stats.py",
     "group_advantages": "tests/gikernels/groups/test_stats.py",
