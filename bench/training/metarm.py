@@ -83,13 +83,13 @@ QUICK = [
     "metarm.test_prompts=16",
 ]
 VARIANTS = {
-    "none": [],
+    "none": ["metarm.variant=none"],
     "literal": ["metarm.variant=literal", "metarm.step=3e-4"],  # eta = alpha, as in the paper
     "normalised": ["metarm.variant=normalised", "metarm.step=0.1"],
     "additive": ["metarm.variant=additive", "metarm.step=1"],
     "supported": ["metarm.variant=supported", "metarm.step=0.1"],
 }
-CONTROLS = {f"none_{coef}": [f"kl.coef={coef}"] for coef in (0.15, 0.45, 0.7)}
+CONTROLS = {f"none_{coef}": [*VARIANTS["none"], f"kl.coef={coef}"] for coef in (0.15, 0.45)}
 """With COMMON's 0.3, the points of the control's curve."""
 
 
@@ -281,7 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
     extra, name = [], "metarm"
     if args.quick:
         args.seeds, args.variants, args.rounds = [100], ["none", "supported"], 1
-        args.controls = ["none_0.7"]
+        args.controls = ["none_0.45"]
         args.folder, extra, name = args.folder / "quick", QUICK, "metarm_quick"
     runs = [*args.variants, *args.controls]
     study(args.folder, args.seeds, runs, args.rounds, extra, args.processes)

@@ -78,6 +78,15 @@ def test_page_and_plot(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_run_is_of_the_variant_that_it_says(tmp_path):
+    """The control once took the packaged variant, as it said nothing."""
+    for name, overrides in (metarm.VARIANTS | metarm.CONTROLS).items():
+        config = metarm.setting(RunFolder(tmp_path), 1, 3, overrides)
+        assert config.metarm.variant == name.partition("_")[0]
+        coef = float(name.partition("_")[2] or 0.3)
+        assert config.kl.coef == coef and not config.kl.adaptive
+
+
 def test_an_ascent_keeps_one_copy_of_the_parameters(tmp_path):
     config = load("toy", ["toy.hidden=32", "toy.layers=1", "toy.heads=2"])
     metarm.make_toy(config, tmp_path)
