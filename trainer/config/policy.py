@@ -253,13 +253,13 @@ class Groups(Section, at="groups"):
         3, "draw=dynamic: at most so many times a step's prompts are sampled.", low=2, high=100
     )
     pool: int = key(
-        4,
+        16,
         "Prompts to choose from for each one that is drawn, where groups choose.",
         low=2,
         high=1000,
     )
     refresh: int = key(
-        1,
+        32,
         "Steps that renew the pool: so old is what the head said of a prompt at most, and so much "
         "less it is asked; 1: a new pool at every step.",
         low=1,
