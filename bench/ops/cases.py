@@ -275,43 +275,16 @@ def linear_experience(size: str) -> Iterator[Case]:
     """Packed sequences of uneven lengths; forward only, as a trainer asks before any update."""
 
     def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-        i, n, s, rng = head_inputs(shape, dtype, device), shape["N"], shape["S"], generator(device)
-        cuts = torch.arange(1, s, device=device) * (n // s)
-        cuts += torch.randint(
-            -(n // s // 4), n // s // 4 + 1, cuts.shape, device=device, generator=rng
-        )
-        cu_seqlens = torch.cat([cuts.new_zeros(1), cuts, cuts.new_full((1,), n)])
+        given = head_inputs(shape, dtype, device)
+        return peers_experience.packed(given, shape["S"], generator(device))
 
-        def noise(*sizes: int) -> Tensor:
-            return torch.randn(*sizes, device=device, generator=rng)
-
-        return {
-            **i,
-            "cu_seqlens": cu_seqlens,
-            "longest": int(cu_seqlens.diff().max()),
-            "ref_logprobs": noise(n).abs().neg(),
-            "values": noise(n),
-            "scores": noise(s),
-            "group_ids": torch.randint(4, (s,), device=device, generator=rng),
-            "num_groups": 4,
-        }
-
-    def specification(i: Inputs) -> Outputs:
-        return peers_experience.torch_linear_experience(i)
-
-    for shape in HEADS[size][:1]:
-        shape = {**shape, "S": 8 if size == "quick" else 32}
-        yield Case(
-            "linear_experience",
-            shape,
-            dtype_of(size),
-            inputs,
-            specification,
-            (),
-            peers_experience.LINEAR_EXPERIENCE,
-            head_work(shape, {FORWARD: (1, 0, 0)}),
-            {**shape, "N": min(shape["N"], 256)},
-        )
+    shape = {**HEADS[size][0], "S": 8 if size == "quick" else 32}
+    own, work = peers_experience, head_work(shape, {FORWARD: (1, 0, 0)})
+    exact, contenders = own.torch_linear_experience, own.LINEAR_EXPERIENCE
+    small = {**shape, "N": min(shape["N"], 256)}
+    yield Case(
+        "linear_experience", shape, dtype_of(size), inputs, exact, (), contenders, work, small
+    )
 
 
 def experience(size: str) -> Iterator[Case]:

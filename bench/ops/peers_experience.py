@@ -15,6 +15,29 @@ from gikernels import reference
 KL_COEF = 0.05
 
 
+def packed(given: Inputs, sequences: int, rng: torch.Generator) -> Inputs:
+    """A head's rows (N) as so many sequences of uneven lengths, and what is known of each."""
+    n, device = len(given["hidden"]), given["hidden"].device
+    usual = n // sequences
+    cuts = torch.arange(1, sequences, device=device) * usual
+    cuts += torch.randint(-(usual // 4), usual // 4 + 1, cuts.shape, device=device, generator=rng)
+    cu_seqlens = torch.cat([cuts.new_zeros(1), cuts, cuts.new_full((1,), n)])
+
+    def noise(size: int) -> Tensor:
+        return torch.randn(size, device=device, generator=rng)
+
+    return {
+        **given,
+        "cu_seqlens": cu_seqlens,
+        "longest": int(cu_seqlens.diff().max()),
+        "ref_logprobs": noise(n).abs().neg(),
+        "values": noise(n),
+        "scores": noise(sequences),
+        "group_ids": torch.randint(4, (sequences,), device=device, generator=rng),
+        "num_groups": 4,
+    }
+
+
 def gikernels_linear_experience(i: Inputs) -> Outputs:
     stats, out = ours("linear_experience")(
         i["hidden"],
