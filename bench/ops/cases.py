@@ -280,7 +280,7 @@ def linear_experience(size: str) -> Iterator[Case]:
 
     shape = {**HEADS[size][0], "S": 8 if size == "quick" else 32}
     own, work = peers_experience, head_work(shape, {FORWARD: (1, 0, 0)})
-    exact, contenders = own.torch_linear_experience, own.LINEAR_EXPERIENCE
+    exact, contenders = own.specified_linear_experience, own.LINEAR_EXPERIENCE
     small = {**shape, "N": min(shape["N"], 256)}
     yield Case(
         "linear_experience", shape, dtype_of(size), inputs, exact, (), contenders, work, small

@@ -38,8 +38,8 @@ def packed(given: Inputs, sequences: int, rng: torch.Generator) -> Inputs:
     }
 
 
-def gikernels_linear_experience(i: Inputs) -> Outputs:
-    stats, out = ours("linear_experience")(
+def _linear_experience(op: Callable[..., Any], i: Inputs) -> Outputs:
+    stats, out = op(
         i["hidden"],
         i["weight"],
         i["targets"],
@@ -53,6 +53,14 @@ def gikernels_linear_experience(i: Inputs) -> Outputs:
         num_groups=i["num_groups"],
     )
     return _named(stats.logprobs, out.advantages, out.returns, out.moments)
+
+
+def specified_linear_experience(i: Inputs) -> Outputs:
+    return _linear_experience(reference.linear_experience, i)
+
+
+def gikernels_linear_experience(i: Inputs) -> Outputs:
+    return _linear_experience(ours("linear_experience"), i)
 
 
 def _named(logprobs: Tensor, advantages: Tensor, returns: Tensor, moments: Tensor) -> Outputs:
