@@ -308,14 +308,14 @@ POLICY_LOSS = (
 DICTIONARY_AT_MOST = 1 << 14  # values
 
 
-def _experience(experience: Callable[..., Any], i: Inputs) -> Outputs:
+def experience_of(experience: Callable[..., Any], i: Inputs) -> Outputs:
     out = experience(
         i["logprobs"],
         i["ref_logprobs"],
         i["values"],
         i["scores"],
         i["mask"],
-        0.05,
+        KL_COEF,
         norm="group",
         group_ids=i["group_ids"],
         num_groups=i["num_groups"],
@@ -324,14 +324,14 @@ def _experience(experience: Callable[..., Any], i: Inputs) -> Outputs:
 
 
 def gikernels_experience(i: Inputs) -> Outputs:
-    return _experience(ours("experience"), i)
+    return experience_of(ours("experience"), i)
 
 
 def torch_experience(i: Inputs) -> Outputs:
     """The specification: a loop over the steps, and statistics of all groups at once."""
     from gikernels import reference
 
-    return _experience(reference.experience, i)
+    return experience_of(reference.experience, i)
 
 
 def columns_experience(i: Inputs) -> Outputs:
@@ -342,7 +342,7 @@ def columns_experience(i: Inputs) -> Outputs:
         i["values"],
         i["scores"],
         i["mask"],
-        0.05,
+        KL_COEF,
         norm="group",
         group_ids=i["group_ids"],
     )

@@ -6,13 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bench.ops import peers
 from bench.ops.peers import Contender, Inputs, Outputs, ours
 from gikernels import reference
-
-KL_COEF = 0.05
 
 
 def packed(given: Inputs, sequences: int, rng: torch.Generator) -> Inputs:
@@ -38,7 +36,7 @@ def packed(given: Inputs, sequences: int, rng: torch.Generator) -> Inputs:
     }
 
 
-def _linear_experience(op: Callable[..., Any], i: Inputs) -> Outputs:
+def _in_one(op: Callable[..., Any], i: Inputs) -> Outputs:
     stats, out = op(
         i["hidden"],
         i["weight"],
@@ -47,64 +45,40 @@ def _linear_experience(op: Callable[..., Any], i: Inputs) -> Outputs:
         i["ref_logprobs"],
         i["values"],
         i["scores"],
-        KL_COEF,
+        peers.KL_COEF,
         norm="group",
         group_ids=i["group_ids"],
         num_groups=i["num_groups"],
     )
-    return _named(stats.logprobs, out.advantages, out.returns, out.moments)
+    fields = {name: getattr(out, name) for name in ("advantages", "returns", "moments")}
+    return {"logprobs": stats.logprobs, **fields}
+
+
+def _in_two(logprobs: Tensor, experience: Callable[..., Any], i: Inputs) -> Outputs:
+    """Flat rows into (S, T), the experience of those, and back."""
+    lengths = i["cu_seqlens"].diff()
+    within = torch.arange(i["longest"], device=lengths.device) < lengths.unsqueeze(1)
+    flat = {"logprobs": logprobs.detach(), "ref_logprobs": i["ref_logprobs"], "values": i["values"]}
+    padded = {k: x.new_zeros(within.shape).masked_scatter(within, x) for k, x in flat.items()}
+    out = peers.experience_of(experience, {**i, **padded, "mask": within})
+    rows = {name: out[name][within] for name in ("advantages", "returns")}
+    return {**out, **rows, "logprobs": logprobs}
 
 
 def specified_linear_experience(i: Inputs) -> Outputs:
-    return _linear_experience(reference.linear_experience, i)
+    return _in_one(reference.linear_experience, i)
 
 
 def gikernels_linear_experience(i: Inputs) -> Outputs:
-    return _linear_experience(ours("linear_experience"), i)
-
-
-def _named(logprobs: Tensor, advantages: Tensor, returns: Tensor, moments: Tensor) -> Outputs:
-    return {
-        "logprobs": logprobs,
-        "advantages": advantages,
-        "returns": returns,
-        "moments": moments,
-    }
-
-
-def _padded(logprobs: Tensor, experience: Callable[..., Any], i: Inputs) -> Outputs:
-    """Flat rows into (S, T), the experience of those, and back."""
-    lengths = i["cu_seqlens"].diff()
-    steps = torch.arange(i["longest"], device=lengths.device)
-    within = steps < lengths.unsqueeze(1)
-
-    def pad(x: Tensor) -> Tensor:
-        return x.new_zeros(within.shape).masked_scatter(within, x)
-
-    out = experience(
-        pad(logprobs.detach()),
-        pad(i["ref_logprobs"]),
-        pad(i["values"]),
-        i["scores"],
-        within,
-        KL_COEF,
-        norm="group",
-        group_ids=i["group_ids"],
-        num_groups=i["num_groups"],
-    )
-    return _named(logprobs, out.advantages[within], out.returns[within], out.moments)
+    return _in_one(ours("linear_experience"), i)
 
 
 def gikernels_two_ops(i: Inputs) -> Outputs:
-    stats = ours("linear_logprobs")(i["hidden"], i["weight"], i["targets"])
-    return _padded(stats.logprobs, ours("experience"), i)
+    return _in_two(peers.gikernels_linear_logprobs(i)["logprobs"], ours("experience"), i)
 
 
 def torch_linear_experience(i: Inputs) -> Outputs:
-    z = F.linear(i["hidden"], i["weight"])
-    logp = (z.float() if z.dtype != torch.float64 else z).log_softmax(-1)
-    logprobs = logp.gather(-1, i["targets"].unsqueeze(-1)).squeeze(-1)
-    return _padded(logprobs, reference.experience, i)
+    return _in_two(peers.torch_linear_logprobs(i)["logprobs"], reference.experience, i)
 
 
 LINEAR_EXPERIENCE = (

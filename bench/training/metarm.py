@@ -91,6 +91,7 @@ VARIANTS = {
 }
 CONTROLS = {f"none_{coef}": [*VARIANTS["none"], f"kl.coef={coef}"] for coef in (0.15, 0.45)}
 """With COMMON's 0.3, the points of the control's curve."""
+RUNS = VARIANTS | CONTROLS
 
 
 # --- the runs -------------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ def one_seed(folder: Path, seed: int, variants: list[str], rounds: int, extra: l
             shutil.copytree(base.path / "models", aside / "models")
             shutil.copy(base.pairs, aside)
             aside.rename(run.path)
-        overrides = [*extra, "rm.batch=64", *(VARIANTS | CONTROLS)[name]]
+        overrides = [*extra, "rm.batch=64", *RUNS[name]]
         metarm.run(setting(run, seed, rounds, overrides), run, resume=True)
 
 
@@ -290,7 +291,7 @@ def main(arguments: list[str] | None = None) -> None:
         "variants": args.variants,
         "controls": args.controls,
         "rounds": args.rounds,
-        "settings": {"common": COMMON + extra, **{v: (VARIANTS | CONTROLS)[v] for v in runs}},
+        "settings": {"common": COMMON + extra, **{v: RUNS[v] for v in runs}},
         "rows": collect(args.folder, args.seeds, runs),
     }
     (args.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -32,13 +32,19 @@ def change(rows: list[dict], variant: str, n: int, key: str) -> list[float]:
     return [new[seed] - old[seed] for seed in sorted(new.keys() & old.keys())]
 
 
+def means(rows: list[dict], variant: str, rounds: range, key: str) -> dict[int, float]:
+    """Seed -> mean over the rounds, of each seed that has them all."""
+    columns = [column(rows, variant, n, key) for n in rounds]
+    seeds = set.intersection(*map(set, columns))
+    return {seed: statistics.mean(each[seed] for each in columns) for seed in seeds}
+
+
 def over_rounds(rows: list[dict], variant: str, rounds: range, key: str) -> list[float]:
-    """Mean over the rounds of the difference to the control, of each seed that has them all."""
+    """Mean over the rounds less the control's."""
     if variant == "none":
         return []
-    both = [[column(rows, name, n, key) for name in (variant, "none")] for n in rounds]
-    seeds = set.intersection(*(set(each) for pair in both for each in pair))
-    return [statistics.mean(a[seed] - b[seed] for a, b in both) for seed in sorted(seeds)]
+    ours, control = (means(rows, name, rounds, key) for name in (variant, "none"))
+    return [ours[seed] - control[seed] for seed in sorted(ours.keys() & control.keys())]
 
 
 def at_equal_kl(results: dict, variant: str, rounds: range) -> list[float]:
@@ -46,23 +52,19 @@ def at_equal_kl(results: dict, variant: str, rounds: range) -> list[float]:
     variant's own mean KL. The curve is straight between the control's coefficients and goes on
     level at its ends."""
     controls = ["none", *results["controls"]]
-
-    def means(name: str, key: str) -> dict[int, float]:
-        columns = [column(results["rows"], name, n, key) for n in rounds]
-        seeds = set.intersection(*map(set, columns))
-        return {seed: statistics.mean(each[seed] for each in columns) for seed in seeds}
-
     names = {variant, *controls}
-    gold = {name: means(name, "policy/gold") for name in names}
-    kl = {name: means(name, "policy/kl") for name in names}
-    seeds = sorted(set.intersection(*map(set, (*gold.values(), *kl.values()))))
-    return [
-        gold[variant][seed]
-        - interpolate(
-            kl[variant][seed], [kl[c][seed] for c in controls], [gold[c][seed] for c in controls]
-        )
-        for seed in seeds
-    ]
+    gold, kl = (
+        {name: means(results["rows"], name, rounds, f"policy/{key}") for name in names}
+        for key in ("gold", "kl")
+    )
+
+    def above_curve(seed: int) -> float:
+        xs, ys = ([each[name][seed] for name in controls] for each in (kl, gold))
+        return gold[variant][seed] - interpolate(kl[variant][seed], xs, ys)
+
+    return list(
+        map(above_curve, sorted(set.intersection(*map(set, (*gold.values(), *kl.values())))))
+    )
 
 
 REWARD_MODEL = (
@@ -158,7 +160,7 @@ def _cell(rows: list[dict], variant: str, n: int, key: str) -> str:
     values = column(rows, variant, n, key)
     if not values:
         return ""
-    text = f"{statistics.mean(values.values()):.3f}"
+    text = _mean(rows, variant, n, key)
     if variant != "none" and (differences := against_control(rows, variant, n, key)):
         seen = interval(differences)
         text += f" [{seen.low:+.3f}, {seen.high:+.3f}]"

@@ -80,7 +80,7 @@ def test_page_and_plot(tmp_path):
 
 def test_every_run_is_of_the_variant_that_it_says(tmp_path):
     """The control once took the packaged variant, as it said nothing."""
-    for name, overrides in (metarm.VARIANTS | metarm.CONTROLS).items():
+    for name, overrides in metarm.RUNS.items():
         config = metarm.setting(RunFolder(tmp_path), 1, 3, overrides)
         assert config.metarm.variant == name.partition("_")[0]
         coef = float(name.partition("_")[2] or 0.3)
