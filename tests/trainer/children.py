@@ -86,8 +86,8 @@ def command(arguments, said=None, kill=None):
         os._exit(code)
 
 
-def command_on_rank(arguments, folder):
-    command(arguments, f"{folder}/rank{os.environ['RANK']}.txt")
+def command_on_rank(arguments, folder, kill=None):
+    command(arguments, f"{folder}/rank{os.environ['RANK']}.txt", kill)
 
 
 def ranks(count, function, *arguments):

@@ -15,6 +15,7 @@ from pathlib import Path
 from trainer.runs.names import one_line
 
 LONGEST = 2000
+GOES_ON = "--resume goes on, and torchrun --max-restarts N does so by itself"
 _folder: list[Path] = []
 """The run folder, once it is this run's."""
 
@@ -39,7 +40,7 @@ def end(error: Exception, debug: bool) -> int:
         first = parallel.first_failure()
         if rank == 0 or first is None:
             who = f"{first[1]} (of rank {first[0]})" if first else reason
-            _say(f"another rank is gone: {who}; --resume goes on", rank)
+            _say(f"another rank is gone: {who}; {GOES_ON}", rank)
         return 1
     if parallel.tell_failure(line):
         _say(line, rank)

@@ -27,19 +27,14 @@ class Stopped(RunError):
 
 
 def lost_rank(error: BaseException) -> str | None:
-    """What to say where a collective failed because another rank is gone."""
+    """What the collective said that failed because another rank is gone; None for other errors."""
     signs = (
         "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out",
         "Socket closed", "remote process exited", "NCCL", "Gloo",
     )  # fmt: skip
     if not isinstance(error, RuntimeError) or not any(sign in str(error) for sign in signs):
         return None
-    first = str(error).strip().splitlines()[0]
-    return (
-        f"rank {parallel.rank()}: another rank is gone ({first}); this one ends. The first error "
-        "above tells why; --resume goes on from the newest checkpoint, and torchrun --max-restarts "
-        "N does so by itself"
-    )
+    return str(error).strip().splitlines()[0]
 
 
 class Diverged(RunError):

@@ -291,6 +291,15 @@ def test_one_ranks_error_is_told_by_it_and_named_by_rank_0(base, tmp_path):
     assert first.count("\n") == 1
 
 
+def test_a_rank_that_is_killed_is_told_of_by_the_other(tmp_path):
+    """Without a launcher that ends it, too: torchrun may be quicker than what it would say."""
+    arguments = ["train", "toy", *SFT, "--output", str(tmp_path / "run")]
+    codes = children.run_ranks(2, children.command_on_rank, arguments, tmp_path, ("sft", 2))
+    assert codes == [-signal.SIGKILL, 1]
+    said = (tmp_path / "rank1.txt").read_text().splitlines()[-1]
+    assert said.startswith("gi: rank 1: another rank is gone: ")
+
+
 def test_what_every_rank_meets_is_told_once(tmp_path):
     run = RunFolder(tmp_path / "run")
     arguments = ["train", "toy", *SFT, "--output", str(run.path)]
