@@ -1,6 +1,7 @@
 """Does the method do what is claimed of it? A matrix of runs, and its analysis.
 
-    matrix.py      which runs: arms (settings), worlds, sections        READ FIRST
+    matrix.py      which runs: arms (settings), sections        READ FIRST
+    worlds.py      in which worlds, from which models
     quick.py       the smallest settings that run
     store.py       what is done already, found again by its settings
     scheduler.py   what runs next, in as many processes as asked for

@@ -12,54 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-CONFIG = "toy"
+from bench.evidence.worlds import WORLDS
+
 TUNING_SEEDS = range(100, 110)
 """Defaults were chosen on these, so they are no evidence; nor is 0, the demonstration's."""
-
-
-@dataclass(frozen=True)
-class World:
-    """Overrides of the world and of what is trained in it before PPO."""
-
-    about: str
-    sft: tuple[str, ...] = ()
-    """What changes the demonstrations, and with them the SFT model."""
-    rewards: tuple[str, ...] = ()
-    """What changes only gold, the annotators or the reward model."""
-    config: str = CONFIG
-    one_model: bool = False
-    """All seeds start from the SFT model of seed 1, on the same problems: what differs is PPO."""
-
-
-WORLDS = {
-    "toy": World("as packaged: an annotator's liking for a flourish outweighs its cost a little"),
-    "costly": World(
-        "annotators like the flourish more and gold dislikes it more: loose KL is costly",
-        rewards=("toy.liking=0.5", "toy.flourish_penalty=0.25"),
-    ),
-    "harmless": World(
-        "the flourish that annotators like costs no gold: loose KL is harmless",
-        rewards=("toy.flourish_penalty=0.0",),
-    ),
-    "thin": World(
-        "annotators see one in twenty of the pairs of the two hardest domains",
-        rewards=("toy.pairs={sort: 0.05, increment: 0.05}",),
-    ),
-    "unrated": World(
-        "the reward model learns from pairs alone: an arbitrary offset for each prompt",
-        rewards=("rm.rating=0.0",),
-    ),
-    "reasoning": World(
-        "families of reasoning-gym, exact verifiers as rewards, no reward model",
-        config="reasoning",
-        one_model=True,
-    ),
-    "smollm": World(
-        "such families for a pretrained model, SmolLM2-135M-Instruct after a short SFT",
-        config="reasoning_smollm",
-        one_model=True,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -146,7 +102,7 @@ def _world(name: str) -> tuple[Arm, ...]:
 
 _MAIN = (
     Arm("sft", "SFT", kind="evaluate"),
-    Arm("default", "group-invariant, as packaged: prompts drawn evenly, adaptive KL"),
+    Arm("default", "group-invariant: prompts drawn evenly from a new pool, adaptive KL"),
     Arm(
         "easiest",
         "adaptive KL as it was: whole for the easiest group, half for the others",
@@ -200,7 +156,7 @@ _DRAWING = (
     Arm("focus_0.5", "focus 0.5", ("groups.focus=0.5",)),
     Arm(
         "kept_pool",
-        "a pool of 16 that is renewed in 32 steps: the head is asked an eighth as often",
+        "as packaged: a pool of 16, renewed in 32 steps, an eighth of the questions",
         ("groups.pool=16", "groups.refresh=32"),
     ),
 )
@@ -277,7 +233,7 @@ _GRPO = (
 """As many answers a step as PPO, eight to a prompt."""
 _REASONING_MAIN = (
     Arm("reasoning/sft", "the SFT model", world="reasoning", kind="evaluate"),
-    _reasoning("default", "group-invariant PPO, as packaged"),
+    _reasoning("default", "group-invariant PPO"),
     _equally("ppo_equal", "PPO at its mean coefficient", *PLAIN),
     _equally("drawing", "drawing alone, at its mean coefficient"),
     _reasoning("gi_grpo", "group-invariant GRPO", *_GRPO),
@@ -285,10 +241,14 @@ _REASONING_MAIN = (
     _reasoning("oracle", "groups: the true families", "groups.inference=oracle"),
     _reasoning("random", "groups at random", "groups.inference=random"),
 )
+_WEAK = (
+    Arm("weak_start/sft", "the SFT model", world="weak_start", kind="evaluate"),
+    *_pair("weak_start", "as packaged", world="weak_start"),
+)
 _MORE = "ppo.prompts_per_step=32"
 _SMOLLM = (
     Arm("smollm/sft", "the SFT model", world="smollm", kind="evaluate"),
-    Arm("smollm/default", "group-invariant PPO, as packaged", world="smollm"),
+    Arm("smollm/default", "group-invariant PPO", world="smollm"),
     Arm("smollm/ppo", "PPO, as packaged beside it", (*PLAIN, "kl.coef=0.04"), "smollm"),
     Arm("smollm/gi_grpo", "group-invariant GRPO", (*_GRPO, _MORE), "smollm"),
     Arm("smollm/grpo", "GRPO", (*PLAIN, *_GRPO, _MORE, "kl.coef=0.04"), "smollm"),
@@ -318,6 +278,7 @@ ARMS: dict[str, Arm] = {
         *_ROBUSTNESS,
         *_REASONING_MAIN,
         *_REASONING_RULES,
+        *_WEAK,
         *_SMOLLM,
     )
 }
@@ -354,7 +315,7 @@ SECTIONS: dict[str, Section] = {
     "groups": Section("Number of groups", "Default: M = 4.", _names(_GROUPS, "default")),
     "drawing": Section(
         "How prompts are drawn",
-        "Default: focus 1, a new pool of 4 at every step.",
+        "Default: focus 1, a new pool of 4 at every step; packaged is a pool that is kept.",
         _names(_DRAWING, "default"),
     ),
     "rules": Section(
@@ -419,6 +380,12 @@ SECTIONS: dict[str, Section] = {
         _names(_REASONING_RULES, "reasoning/default", "reasoning/ppo_equal"),
         control="reasoning/default",
     ),
+    "weak_start": Section(
+        "From a weaker start model",
+        "The problems of `reasoning`; one SFT model for all, that of seed 0.",
+        _names(_WEAK),
+        control="weak_start/default",
+    ),
     "smollm": Section(
         "A pretrained model",
         "One SFT model for all, as many answers a step. On one GPU.",
@@ -435,7 +402,11 @@ def sections_of(world: str) -> list[str]:
     return [*STUDIES[world]] if world in STUDIES else [s for s in SECTIONS if s not in elsewhere]
 
 
-STUDIES = {"reasoning": ("reasoning", "reasoning_rules"), "smollm": ("smollm",)}
+STUDIES = {
+    "reasoning": ("reasoning", "reasoning_rules"),
+    "weak_start": ("weak_start",),
+    "smollm": ("smollm",),
+}
 """Sections with a page of their own; all others are the study of the toy world."""
 
 

@@ -17,7 +17,6 @@ from bench.evidence.matrix import (
     ARMS,
     SECTIONS,
     TUNING_SEEDS,
-    WORLDS,
     Section,
     controls,
     sections_of,
@@ -26,6 +25,7 @@ from bench.evidence.measure import FRONTIER, MARGIN, MEASURES, Runs, by_domain
 from bench.evidence.plots import plots
 from bench.evidence.scheduler import Study
 from bench.evidence.stats import Interval, WinRate, interval
+from bench.evidence.worlds import WORLDS
 
 TABLE = (
     "worst_run",

@@ -23,9 +23,10 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-from bench.evidence.matrix import ARMS, WORLDS, Arm
+from bench.evidence.matrix import ARMS, Arm
 from bench.evidence.store import Settings, Store, settings_of, short_hash
 from bench.evidence.worker import Task, carry_out
+from bench.evidence.worlds import WORLDS
 from trainer import config as settings
 from trainer.config import Config
 
@@ -106,7 +107,7 @@ class Study:
 
     def _model(self, stage: str, world: str, seed: int) -> Step | None:
         there = WORLDS[world]
-        seed = 1 if there.one_model else seed
+        seed = seed if there.start is None else there.start
         if (stage, world, seed) in self.models:
             return None
         overrides = [*there.sft, *(there.rewards if stage == "rm" else ())]
@@ -122,13 +123,13 @@ class Study:
         return None
 
     def _models_of(self, stage: str, world: str, seed: int) -> Path:
-        return self.models[stage, world, 1 if WORLDS[world].one_model else seed].resolve()
+        start = WORLDS[world].start
+        return self.models[stage, world, seed if start is None else start].resolve()
 
     def _policy(self, arm: Arm, seed: int, coefficient: Sequence[str]) -> Step:
         world = WORLDS[arm.world]
         overrides = [
-            *world.sft,
-            *world.rewards,
+            *world.overrides,
             *arm.overrides,
             *coefficient,
             *(
@@ -144,7 +145,7 @@ class Study:
     def load(self, seed: int, stage: str, overrides: Sequence[str], world: str = "toy") -> Config:
         """A world of its own for each seed, so that no prompt of the tuning seeds comes back; but
         for worlds in which all start from one model."""
-        own = () if WORLDS[world].one_model else (f"toy.seed={seed}",)
+        own = (f"toy.seed={seed}",) if WORLDS[world].start is None else ()
         about = (f"run.seed={seed}", *own, f"run.stages=[{stage}]")
         return self.of_world(world).override([*about, *overrides])
 

@@ -17,9 +17,10 @@ import torch
 
 from bench.evidence import __main__ as command
 from bench.evidence import claims, disturb, measure
-from bench.evidence.matrix import ARMS, SECTIONS, STUDIES, WORLDS, sections_of
+from bench.evidence.matrix import ARMS, SECTIONS, STUDIES, sections_of
 from bench.evidence.scheduler import PRELOADED, Study, StudyError, alone_in, mean_coefficient
 from bench.evidence.store import Store, changed, settings_of
+from bench.evidence.worlds import WORLDS
 from trainer import config as settings
 
 # --- the matrix -----------------------------------------------------------------------------------
@@ -35,8 +36,7 @@ def test_every_arm_stands_in_a_section_and_every_name_in_a_section_is_an_arm():
 def test_every_arm_is_a_valid_configuration_that_no_other_arm_has(tmp_path):
     study, seen = Study(Store(tmp_path)), {}
     for arm in ARMS.values():
-        world = WORLDS[arm.world]
-        overrides = [*world.sft, *world.rewards, *arm.overrides]
+        overrides = [*WORLDS[arm.world].overrides, *arm.overrides]
         if arm.coef_from:  # as if each had another mean
             overrides.append(f"kl.coef={0.43 + list(ARMS).index(arm.coef_from) / 1e4}")
         config = study.load(1, "ppo", overrides, arm.world)
@@ -68,13 +68,14 @@ def test_arms_of_one_seed_share_world_prompts_and_random_numbers(tmp_path):
     assert one.ppo == study.load(3, "ppo", ()).ppo and one.baselines == {}
 
 
-def test_reasoning_stands_on_one_model_for_all_seeds_and_on_no_reward_model(tmp_path):
+@pytest.mark.parametrize("world, start", [("reasoning", 1), ("weak_start", 0)])
+def test_reasoning_stands_on_one_model_for_all_seeds_and_on_no_reward_model(tmp_path, world, start):
     study = Study(Store(tmp_path))
     for seed in (2, 5):
-        step = study.missing("reasoning/default", seed)
-        assert (step.kind, step.seed, step.config.run.seed) == ("sft", 1, 1)
-    study.models["sft", "reasoning", 1] = tmp_path
-    one, two = (study.missing("reasoning/default", seed).config for seed in (2, 5))
+        step = study.missing(f"{world}/default", seed)
+        assert (step.kind, step.seed, step.config.run.seed) == ("sft", start, start)
+    study.models["sft", world, start] = tmp_path
+    one, two = (study.missing(f"{world}/default", seed).config for seed in (2, 5))
     assert (one.run.seed, two.run.seed) == (2, 5) and one.reasoning == two.reasoning
     assert one.model.policy == two.model.policy == str(tmp_path) and one.model.reward == ""
 
