@@ -145,6 +145,14 @@ class Sequences:
             together.setdefault(prompt, []).append(i)
         return list(together.values())
 
+    @cached_property
+    def unit_of(self) -> Tensor:  # (S): the number of each row's unit
+        of = [0] * len(self)
+        for number, rows in enumerate(self.units):
+            for row in rows:
+                of[row] = number
+        return torch.tensor(of)
+
     def pieces(self, budget: int) -> list[Piece]:
         """This rank's micro-batches of at most `budget` tokens; see `pieces`."""
         lengths, asked = self.lengths.tolist(), self.prompt_lengths.tolist()

@@ -86,9 +86,7 @@ def _layout(sequences: Sequences, last: bool, sdpa: bool, shared: bool) -> Layou
     else:
         # The prompts, each once, and behind them all answers.
         first = torch.tensor([rows[0] for rows in sequences.units])
-        prompt = torch.empty(len(sequences), dtype=torch.long)
-        for i, rows in enumerate(sequences.units):
-            prompt[rows] = i
+        prompt = sequences.unit_of
         once = asked[first]
         prompt_bounds = F.pad(once.cumsum(0), (1, 0))
         total = int(prompt_bounds[-1])
