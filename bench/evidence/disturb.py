@@ -49,6 +49,7 @@ def wrong_group(share: float) -> None:
     right = Groups.probs
 
     def probs(self, logits, prompts):
+        prompts = list(prompts)
         out = right(self, logits, prompts)
         wrong = [_random((self.seed, tuple(p.ids))).random() < share for p in prompts]
         return torch.where(torch.tensor(wrong, device=out.device).unsqueeze(1), out.flip(1), out)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainer import parallel
 from trainer.batch.order import order_of
+from trainer.batch.sequences import on_device
 from trainer.batch.types import Prompt
 from trainer.config import Config
 
@@ -38,12 +39,12 @@ class Asked:
 
     def ask(self, pool: list[int], step: int, head: Callable[[list[int]], Tensor]) -> Tensor:
         """(pool, M) logits; `head` is asked for those of prompts that it has not judged of late."""
-        known = self.steps[pool] > step - self.refresh
-        known &= self.steps[pool] >= 0
-        new = list(dict.fromkeys(i for i, there in zip(pool, known.tolist()) if not there))
+        places = torch.tensor(pool)
+        last = self.steps[places]
+        new = list(dict.fromkeys(places[(last < 0) | (last <= step - self.refresh)].tolist()))
         if new:
             self.tell(new, head(new), step)
-        return self.logits[torch.tensor(pool, device=self.logits.device)]
+        return self.logits[on_device(places)]
 
     def tell(self, prompts: list[int], logits: Tensor, step: int) -> None:
         """What the head says of these prompts now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,8 +62,9 @@ def draw(t: Setup, step: int) -> list[int]:
     pool = t.signals.asked.pool(step)
     logits = None
     if groups.has_head:
-        logits = t.signals.asked.ask(pool, step, lambda new: judged(t, new))
-    weights = groups.drawing_weights(logits, [t.prompts[i] for i in pool])
+        logits = t.signals.asked.ask(pool, step, partial(judged, t))
+    # Read only where groups are told by the prompts themselves: a pool is thousands of rows.
+    weights = groups.drawing_weights(logits, map(t.prompts.__getitem__, pool))
     taken = torch.multinomial(
         weights.cpu(), ppo.prompts_per_step, generator=parallel.generator(seed, "draw", step)
     )

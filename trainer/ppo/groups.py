@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +108,7 @@ class Groups:
 
     # --- who belongs where ---
 
-    def probs(self, logits: Tensor | None, prompts: list[Prompt]) -> Tensor:
+    def probs(self, logits: Tensor | None, prompts: Iterable[Prompt]) -> Tensor:
         """(S, M): p_ig, hardest group first. `logits` are the head's, `prompts` one a sequence."""
         if self.has_head:
             assert logits is not None
@@ -139,7 +139,7 @@ class Groups:
     def _rank(probs: Tensor) -> Tensor:  # (S, M) -> (S): the expected group
         return probs @ torch.arange(probs.shape[1], device=probs.device, dtype=probs.dtype)
 
-    def drawing_weights(self, logits: Tensor | None, prompts: list[Prompt]) -> Tensor:
+    def drawing_weights(self, logits: Tensor | None, prompts: Iterable[Prompt]) -> Tensor:
         """(n): how likely each prompt of a pool is to be taken, up to a common factor.
 
         A weight of a policy gradient has the same mean, but leaves the hard group with its few

@@ -396,6 +396,16 @@ def test_the_head_is_asked_about_a_prompt_once_in_a_while(fresh):
     assert (known.steps[pool] > 7 - 4).all()  # no older than that
     fresh_ones = known.steps == 7
     assert 32 <= int(fresh_ones.sum()) <= 64  # those that came, and those that were taken
+    read = []
+
+    class Rows(list):
+        def __getitem__(self, place):
+            read.append(place)
+            return super().__getitem__(place)
+
+    t.prompts = Rows(t.prompts)
+    draw.draw(t, 8)
+    assert 0 < len(read) <= 32  # of those that came alone, and not of a pool of thousands
     other = build.Setup.of(config, run).signals.asked
     assert not torch.equal(other.logits, known.logits)
     other.load_state_dict(known.state_dict())
