@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import gikernels as gk
+from tests.forkserver import context
 
 
 def model(dtype=torch.float64):
@@ -133,10 +134,9 @@ def sharded_worker(rank, world, path, results):
 def test_sharded_parameters_share_one_norm(tmp_path):
     if not torch.distributed.is_available():
         pytest.skip("this PyTorch has no torch.distributed")
-    spawn = torch.multiprocessing.get_context("spawn")
-    results = spawn.Queue()
+    results = context.Queue()
     workers = [
-        spawn.Process(target=sharded_worker, args=(rank, 2, tmp_path / "store", results))
+        context.Process(target=sharded_worker, args=(rank, 2, tmp_path / "store", results))
         for rank in range(2)
     ]
     for worker in workers:

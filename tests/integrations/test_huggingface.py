@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from gikernels.integrations import patch_lm_head
+from tests.forkserver import context
 from tests.integrations.tiny import qwen
 
 V = 97
@@ -509,4 +510,10 @@ def test_fsdp2_sharded_head_on_two_ranks():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.spawn(fsdp_rank, (port,), nprocs=2)
+    ranks = [context.Process(target=fsdp_rank, args=(rank, port)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+        rank.kill()
+    assert [rank.exitcode for rank in ranks] == [0, 0]

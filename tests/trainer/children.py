@@ -1,13 +1,11 @@
 """Processes that may be killed, forked from a server that has only imported."""
 
-import multiprocessing
 import os
 import signal
 import socket
 import time
 
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["tests.trainer.runs.test_checkpoint", "trainer.stages.registry"])
+from tests.forkserver import context
 
 
 def start(function, *arguments):

@@ -16,6 +16,7 @@ import gikernels
 from bench.ops import memory
 from bench.ops import split as split_bench
 from gikernels import Support
+from tests.forkserver import context
 
 WORLD = 4
 D, V, N = 12, 97, 19
@@ -414,7 +415,6 @@ def reports(tmp_path_factory):
     if not torch.distributed.is_available():
         pytest.skip("this PyTorch has no torch.distributed")
     folder = tmp_path_factory.mktemp("ranks")
-    context = torch.multiprocessing.get_context("spawn")
     ranks = [context.Process(target=as_rank, args=(r, str(folder))) for r in range(WORLD)]
     for process in ranks:
         process.start()
