@@ -162,15 +162,15 @@ def note_memory(output, settings):
     torch.save(sizes, Path(output, "sizes"))
 
 
-def test_memory_stays_flat_over_200_steps(base, tmp_path):
-    """After 70 others, in which the cache is touched for the first time and allocators fill up."""
+def test_memory_stays_flat_over_100_steps(base, tmp_path):
+    """After 150 others: about 130 of them touch blocks of the cache for the first time."""
     shutil.copytree(base.path / "models", tmp_path / "models")
     settings = ["ppo.steps=270", "eval.every=0", "trainer.save_every=0"]
     process = children.start(note_memory, tmp_path, settings)
     assert children.wait([process], PATIENCE) == [0]
     sizes = torch.tensor(torch.load(tmp_path / "sizes"), dtype=torch.float64)
-    early, late = sizes[70:90].mean(), sizes[-20:].mean()
-    assert late < 1.02 * early, (early, late)
+    early, late = sizes[150:170].mean(), sizes[-20:].mean()
+    assert late < 1.005 * early, (early, late)
 
 
 # --- learning ---
