@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import gikernels as gk
-from tests.forkserver import context
+from tests.forkserver import context, started, wait
 
 
 def model(dtype=torch.float64):
@@ -139,10 +139,6 @@ def test_sharded_parameters_share_one_norm(tmp_path):
         context.Process(target=sharded_worker, args=(rank, 2, tmp_path / "store", results))
         for rank in range(2)
     ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert wait(started(workers), 120) == [0, 0]
     found = sorted(results.get(timeout=5) for _ in workers)
     assert found == [(0, True, True, True), (1, True, True, True)]

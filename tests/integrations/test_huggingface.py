@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from gikernels.integrations import patch_lm_head
-from tests.forkserver import context
+from tests.forkserver import context, started, wait
 from tests.integrations.tiny import qwen
 
 V = 97
@@ -511,9 +511,4 @@ def test_fsdp2_sharded_head_on_two_ranks():
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     ranks = [context.Process(target=fsdp_rank, args=(rank, port)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(120)
-        rank.kill()
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert wait(started(ranks), 120) == [0, 0]

@@ -3,33 +3,17 @@
 import os
 import signal
 import socket
-import time
 
-from tests.forkserver import context
+from tests.forkserver import context, started, wait
 
 
 def start(function, *arguments):
-    process = context.Process(target=_run, args=(function, *arguments))
-    process.start()
-    return process
+    return started([context.Process(target=_run, args=(function, *arguments))])[0]
 
 
 def run(function, *arguments) -> int:
     """Exit code; -9 for one that was killed."""
     return wait([start(function, *arguments)])[0]
-
-
-def wait(processes, seconds=90) -> list[int]:
-    """Their exit codes; whoever hangs is killed."""
-    until = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(0, until - time.monotonic()))
-    hang = [process.exitcode is None for process in processes]
-    for process in processes:
-        process.kill()
-        process.join()
-    assert not any(hang), f"hang: {hang}"
-    return [process.exitcode for process in processes]
 
 
 def _run(function, *arguments):
@@ -97,9 +81,7 @@ def ranks(count, function, *arguments):
         context.Process(target=_as_rank, args=(rank, count, port, function, *arguments))
         for rank in range(count)
     ]
-    for process in processes:
-        process.start()
-    return processes
+    return started(processes)
 
 
 def run_ranks(count, function, *arguments) -> list[int]:

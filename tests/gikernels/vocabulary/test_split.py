@@ -16,7 +16,7 @@ import gikernels
 from bench.ops import memory
 from bench.ops import split as split_bench
 from gikernels import Support
-from tests.forkserver import context
+from tests.forkserver import context, started
 
 WORLD = 4
 D, V, N = 12, 97, 19
@@ -416,9 +416,7 @@ def reports(tmp_path_factory):
         pytest.skip("this PyTorch has no torch.distributed")
     folder = tmp_path_factory.mktemp("ranks")
     ranks = [context.Process(target=as_rank, args=(r, str(folder))) for r in range(WORLD)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
+    for process in started(ranks):
         process.join(400)
         process.kill()
     return folder
