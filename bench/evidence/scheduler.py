@@ -107,7 +107,7 @@ class Study:
 
     def _model(self, stage: str, world: str, seed: int) -> Step | None:
         there = WORLDS[world]
-        seed = seed if there.start is None else there.start
+        seed = there.start_of(seed)
         if (stage, world, seed) in self.models:
             return None
         overrides = [*there.sft, *(there.rewards if stage == "rm" else ())]
@@ -123,8 +123,7 @@ class Study:
         return None
 
     def _models_of(self, stage: str, world: str, seed: int) -> Path:
-        start = WORLDS[world].start
-        return self.models[stage, world, seed if start is None else start].resolve()
+        return self.models[stage, world, WORLDS[world].start_of(seed)].resolve()
 
     def _policy(self, arm: Arm, seed: int, coefficient: Sequence[str]) -> Step:
         world = WORLDS[arm.world]

@@ -28,6 +28,10 @@ class World:
         """Of its PPO runs, before an arm's own."""
         return (*self.sft, *self.rewards, *self.drawing)
 
+    def start_of(self, seed: int) -> int:
+        """The seed whose SFT model a run of this seed starts from."""
+        return seed if self.start is None else self.start
+
 
 WORLDS = {
     "toy": World("as packaged: an annotator's liking for a flourish outweighs its cost a little"),
